@@ -1,0 +1,311 @@
+"""The datasets: files as they are published -> arrays of one common length, standardised.
+
+`load(name, path)` reads an MMSA pickle (mosi, mosei, sims, simsv2); `synthetic(name)` makes a
+stand-in of the same shapes for a machine that has no dataset. Both return a `Dataset`.
+
+An MMSA pickle is a dict of splits `train`, `valid`, `test`. A split holds `text`, `audio`, `vision`
+(N, L, width), `regression_labels` (N,), and perhaps `text_bert` (N, 3, L), `audio_lengths` and
+`vision_lengths` (N,). What happens to it here, clip by clip:
+
+    inf, NaN -> 0  ->  the real frames, padding at either end cut off  ->  `length` segment means
+    ->  standardised by mean and deviation of each feature over the training split
+
+A pickle can run any program when it is loaded the usual way. `_Reader` cannot: it builds NumPy
+arrays, scalars and plain containers, and does not look up any other name.
+"""
+import mmap
+import pickle
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+SPLITS = ("train", "valid", "test")
+MODALITIES = ("text", "audio", "vision")
+
+
+class Spec(NamedTuple):
+    """What is published under a name. The stand-in copies it; a real file speaks for itself."""
+    file: str
+    widths: tuple            # text, audio, vision
+    clips: tuple             # train, valid, test
+    scale: float             # labels lie in [-scale, scale]
+
+
+SPECS = {"mosi": Spec("unaligned_50.pkl", (768, 5, 20), (1284, 229, 686), 3.),
+         "mosei": Spec("unaligned_50.pkl", (768, 74, 35), (16326, 1871, 4659), 3.),
+         "sims": Spec("unaligned_39.pkl", (768, 33, 709), (1368, 456, 457), 1.),
+         "simsv2": Spec("unaligned.pkl", (768, 25, 177), (2722, 647, 1034), 1.)}
+
+
+class DataError(Exception):
+    """A file that cannot be used. The message says what was found, what was expected, what to do.
+    """
+
+
+class Split(NamedTuple):
+    xs: list                 # per modality (N, length, width) float32
+    mask: np.ndarray         # (m, N, length) bool, False where a clip lacks a modality
+    y: np.ndarray            # (N,) float32
+
+
+class Dataset(NamedTuple):
+    name: str
+    synthetic: bool
+    splits: dict             # "train", "valid", "test" -> Split
+
+
+def load(name, path, length=None):
+    """Read the file at `path`, or in that folder. `length` None: min(50, longest stream).
+
+    Raises DataError, in one sentence, for anything that is not such a file; runs nothing in it.
+    """
+    path = _find(name, Path(path))
+    with open(path, "rb") as file:
+        try:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            content = _Reader(mapped).load()
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        except Exception as error:      # damage can surface as nearly any exception
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise DataError(f"{path} is not a complete MMSA pickle ({reason}): "
+                            "fetch it again and compare its SHA-256") from None
+    try:
+        return Dataset(name, False, _splits(content, length, mapped))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def default_path(name):
+    return Path("data") / name / SPECS[name].file
+
+
+def how_to_get(name):
+    return (f"No data at {default_path(name)}. To train on the real {name.upper()}, download its "
+            f"feature file {SPECS[name].file} by the links on the page of the MMSA project "
+            f"(https://github.com/thuiar/MMSA, section Datasets) and put it there, or name it with "
+            f"--data.")
+
+
+def _find(name, path):
+    if path.is_dir():
+        files = sorted(path.glob(SPECS[name].file)) or sorted(path.glob("*.pkl"))
+        if len(files) != 1:
+            raise DataError(f"{path} holds {len(files)} .pkl files, expected {SPECS[name].file}: "
+                            "name the file itself")
+        return files[0]
+    if not path.is_file():
+        raise DataError(f"there is no file {path}. {how_to_get(name)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty: fetch it again")
+    return path
+
+
+# ----------------------------------------------------------------------------- reading a pickle
+def _reconstruct(subtype, shape, code):
+    return _Array()
+
+
+class _Array:
+    """Stands in for ndarray while a pickle is read: its state becomes a view, nothing is copied."""
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, raw = state
+        self.array = _from_buffer(raw, dtype, shape, "F" if fortran else "C")
+
+
+def _from_buffer(raw, dtype, shape, order="C"):
+    if dtype.hasobject:
+        return np.array(raw, dtype=object).reshape(shape, order=order)
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw          # pickled by Python 2
+    return np.frombuffer(raw, dtype).reshape(shape, order=order)
+
+
+def _scalar(dtype, raw):
+    return _from_buffer(raw, dtype, ())[()]
+
+
+def _encode(text, encoding):
+    return text.encode("latin1")         # how protocol 2 writes bytes, whatever codec it asks for
+
+
+class _Reader(pickle._Unpickler):
+    """The pure-Python unpickler over a memory map: big arrays stay on disk until they are used."""
+
+    NAMES = {("_codecs", "encode"): _encode}
+    for _core in ("numpy.core", "numpy._core"):
+        NAMES |= {(_core + ".multiarray", "_reconstruct"): _reconstruct,
+                  (_core + ".multiarray", "scalar"): _scalar,
+                  (_core + ".numeric", "_frombuffer"): _from_buffer}
+    NAMES |= {("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): np.dtype}
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}          # a view serves as well
+
+    def __init__(self, mapped):
+        self.mapped, self.position = memoryview(mapped), 0
+        super().__init__(self, encoding="latin1")
+
+    def find_class(self, module, name):
+        if (module, name) not in self.NAMES:
+            raise DataError(f"asks for {module}.{name}, which no dataset needs: the file may be "
+                            "hostile, nothing in it was run; fetch it from its publisher")
+        return self.NAMES[module, name]
+
+    def read(self, size=-1):
+        piece = self.mapped[self.position:self.position + size]
+        if len(piece) != size:
+            raise EOFError("it ends too early")
+        self.position += size
+        return piece if size > 4096 else bytes(piece)
+
+    def readline(self):
+        end = self.mapped.obj.find(b"\n", self.position) + 1
+        return self.read(max(end - self.position, 0))
+
+    def readinto(self, buffer):
+        buffer[:] = self.read(len(buffer))
+        return len(buffer)
+
+
+def _array(value, name):
+    """A numeric array out of what stood in the pickle: an array, or a list of numbers."""
+    value = value.array if isinstance(value, _Array) else value
+    try:
+        value = np.asarray(value)
+        if value.dtype.hasobject:
+            value = np.array(value.tolist(), dtype=np.float64)
+    except (ValueError, TypeError):
+        raise DataError(f"{name} is ragged or not numeric, expected an array of numbers") from None
+    if value.dtype.kind not in "biuf":
+        raise DataError(f"{name} is of type {value.dtype}, expected numbers")
+    return value
+
+
+# ----------------------------------------------------------------------------- from file to arrays
+def _splits(content, length, mapped):
+    if not isinstance(content, dict) or not all(isinstance(content.get(s), dict) for s in SPLITS):
+        found = list(content) if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"found {str(found)[:80]}, expected a dict of splits {', '.join(SPLITS)}")
+    raw = {s: [_features(content[s], s, m) for m in MODALITIES] for s in SPLITS}
+    for m, *same in zip(MODALITIES, *raw.values()):
+        if len({x.shape[2] for x in same}) > 1:
+            raise DataError(f"{m} has widths {[x.shape[2] for x in same]} in the splits, not one")
+    length = length or min(50, max(x.shape[1] for split in raw.values() for x in split))
+    splits = {}
+    for s in SPLITS:
+        y, xs, present = _labels(content[s], s), [], []
+        for m, x in zip(MODALITIES, raw[s]):
+            if len(x) != len(y):
+                raise DataError(f"{s}/{m} has {len(x)} clips and there are {len(y)} labels")
+            x, real = _resample(x, _given_frames(content[s], s, m, x), length)
+            if hasattr(mapped, "madvise"):                   # the file's pages have done their work
+                mapped.madvise(mmap.MADV_DONTNEED)
+            xs.append(x)
+            present.append(real)
+        splits[s] = Split(xs, np.repeat(np.stack(present)[:, :, None], length, 2), y)
+    standardise(splits)
+    return splits
+
+
+def _features(split, s, m):
+    if m not in split:
+        raise DataError(f"split {s} has no {m!r}, only {str(list(split))[:80]}")
+    x = _array(split[m], f"{s}/{m}")
+    if x.ndim != 3 or 0 in x.shape:
+        raise DataError(f"{s}/{m} has shape {x.shape}, expected (clips, frames, width), none 0")
+    return x
+
+
+def _labels(split, s):
+    if "regression_labels" not in split:
+        raise DataError(f"split {s} has no 'regression_labels', only {str(list(split))[:80]}")
+    y = _array(split["regression_labels"], f"{s}/regression_labels")
+    if y.ndim != 1:
+        raise DataError(f"{s}/regression_labels has shape {y.shape}, expected (clips,)")
+    if not np.isfinite(y).all():
+        raise DataError(f"{s}/regression_labels holds {np.sum(~np.isfinite(y))} values that are NaN "
+                        "or infinite, expected numbers: remove those clips")
+    return y.astype(np.float32)
+
+
+def _given_frames(split, s, m, x):
+    """(N, frames) bool where the file itself says which frames are real, else None."""
+    if m == "text" and "text_bert" in split:
+        bert = _array(split["text_bert"], f"{s}/text_bert")
+        if bert.shape == (len(x), 3, x.shape[1]):
+            return bert[:, 1] != 0                                       # the attention mask
+    if m != "text" and f"{m}_lengths" in split:
+        lengths = _array(split[f"{m}_lengths"], f"{s}/{m}_lengths").reshape(-1)
+        if len(lengths) != len(x):
+            raise DataError(f"{s}/{m}_lengths has {len(lengths)} entries for {len(x)} clips")
+        return np.arange(x.shape[1]) < lengths[:, None]
+    return None
+
+
+def _resample(x, given, length):
+    """(N, frames, width) -> (N, length, width) segment means, and (N,) whether anything was real.
+
+    A clip of r real frames is cut into `length` segments at floor(j r / length); where r < length
+    a segment is the one frame it falls on, so frames repeat.
+    """
+    clips, frames, width = x.shape
+    out, present = np.empty((clips, length, width), np.float32), np.empty(clips, bool)
+    block = max(1, (1 << 22) // (frames * width))            # bounds the work space to some 100 MB
+    for i in range(0, clips, block):
+        piece = np.nan_to_num(x[i:i + block].astype(np.float64), nan=0., posinf=0., neginf=0.)
+        real = (piece != 0).any(2) if given is None else given[i:i + block]
+        start, stop = real.argmax(1), frames - real[:, ::-1].argmax(1)
+        present[i:i + block] = real.any(1)
+        edges = start[:, None] + np.arange(length + 1) * (stop - start)[:, None] // length
+        first, last = edges[:, :-1], np.maximum(edges[:, 1:], edges[:, :-1] + 1)
+        total = np.pad(piece.cumsum(1), ((0, 0), (1, 0), (0, 0)))
+        means = (np.take_along_axis(total, last[..., None], 1)
+                 - np.take_along_axis(total, first[..., None], 1)) / (last - first)[..., None]
+        out[i:i + block] = np.where(real.any(1)[:, None, None], means, 0)
+    return out, present
+
+
+def standardise(splits):
+    """In place: zero mean, unit deviation of each feature over the real training steps."""
+    for i, x in enumerate(splits["train"].xs):
+        rows = np.flatnonzero(splits["train"].mask[i].any(1))
+        count = max(1, len(rows) * x.shape[1])
+        parts = np.array_split(rows, 1 + x[0].size * len(rows) // (1 << 22))
+        mean = sum(x[p].sum((0, 1), dtype=np.float64) for p in parts) / count
+        square = sum(((x[p] - mean) ** 2).sum((0, 1)) for p in parts) / count
+        deviation = np.sqrt(square)
+        deviation[deviation < 1e-6] = 1.                     # a constant feature stays constant
+        for split in splits.values():
+            split.xs[i] -= mean.astype(np.float32)
+            split.xs[i] /= deviation.astype(np.float32)
+            split.xs[i] *= split.mask[i][..., None]
+
+
+# ----------------------------------------------------------------------------- the stand-in
+def synthetic(name, length=None, clips=None, seed=0, events=3):
+    """Made-up data of the shapes of `name`, solvable only by binding two modalities in time.
+
+    Each clip has `events`. In each, audio shows a sign for a while, and a few frames later text shows
+    one; the label is the mean product of the pairs. Either sign alone is a fair coin, and so is any
+    sum of them over time or over modalities. Vision marks where text speaks; the rest is noise.
+    """
+    spec, rng, splits, length = SPECS[name], np.random.default_rng(seed), {}, length or 50
+    patterns = [rng.standard_normal(width) for width in spec.widths]
+    slot = length / events
+    duration = max(1, int(slot / 3))
+    for s, count in zip(SPLITS, clips or spec.clips):
+        xs = [rng.standard_normal((count, length, w), dtype=np.float32) / 2 for w in spec.widths]
+        sign, answer = rng.choice([-1., 1.], (2, count, events))
+        first = (slot * np.arange(events)).astype(int)
+        first = first + rng.integers(0, max(1, int(slot) - 2 * duration - 3), (count, events))
+        later = first + duration + rng.integers(0, 4, (count, events))
+        for x, pattern, begin, value in zip(xs, patterns, (later, first, later),
+                                            (answer, sign, np.abs(answer))):
+            for frames in (np.minimum(begin + j, length - 1) for j in range(duration)):
+                for k in range(events):
+                    x[np.arange(count), frames[:, k]] += value[:, k, None] * pattern
+        y = spec.scale * (sign * answer).mean(1)
+        splits[s] = Split(xs, np.ones((len(xs), count, length), bool), y.astype(np.float32))
+    standardise(splits)
+    return Dataset(name, True, splits)
