@@ -34,7 +34,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 
 def discretize(x, delta, A, B):
@@ -222,8 +221,10 @@ class _ChunkedScan(torch.autograd.Function):
     #     dv = sum_n g B       dx = dv delta                  dB = sum_e g v
     #     dC = sum_e dy h      dw = sum_en G h                dH0 = G[0]
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, dH_last):
+        if torch.is_grad_enabled():
+            raise RuntimeError("mode 'scan' has no second derivative, which create_graph=True asks "
+                               "for: use mode='recurrence'")
         x, delta, A, B, C, w, keep = ctx.saved_tensors
         n, (rows, chunks) = A.shape[-1], _ChunkedScan.pieces(*x.shape, A.shape[-1])
         dx, ddelta, dB, dC = (torch.empty_like(v) for v in (x, delta, B, C))

@@ -224,8 +224,8 @@ def _labels(split, s):
     if y.ndim != 1:
         raise DataError(f"{s}/regression_labels has shape {y.shape}, expected (clips,)")
     if not np.isfinite(y).all():
-        raise DataError(f"{s}/regression_labels holds {np.sum(~np.isfinite(y))} values that are NaN "
-                        "or infinite, expected numbers: remove those clips")
+        raise DataError(f"{s}/regression_labels holds {np.sum(~np.isfinite(y))} values that are "
+                        "NaN or infinite, expected numbers: remove those clips")
     return y.astype(np.float32)
 
 
@@ -286,9 +286,9 @@ def standardise(splits):
 def synthetic(name, length=None, clips=None, seed=0, events=3):
     """Made-up data of the shapes of `name`, solvable only by binding two modalities in time.
 
-    Each clip has `events`. In each, audio shows a sign for a while, and a few frames later text shows
-    one; the label is the mean product of the pairs. Either sign alone is a fair coin, and so is any
-    sum of them over time or over modalities. Vision marks where text speaks; the rest is noise.
+    Each clip has `events`. In each, audio shows a sign for a while, and a few frames later text
+    shows one; the label is the mean product of the pairs. Either sign alone is a fair coin, and no
+    sum of them over time or modalities tells more. Vision marks where text speaks; the rest is noise.
     """
     spec, rng, splits, length = SPECS[name], np.random.default_rng(seed), {}, length or 50
     patterns = [rng.standard_normal(width) for width in spec.widths]

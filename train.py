@@ -21,7 +21,7 @@ from coupled_mamba import MODES, CoupledMamba
 # What the paper (or the authors' script) uses. d_model, layers ... are the model's own defaults.
 PAPER = dict(d_model=128, layers=3, d_state=64, dt_rank=None, expand=2, d_conv=4, dropout=0.0,
              epochs=150, lr=5e-4, weight_decay=5e-4, seeds=5)
-BATCH = {"mosi": 128, "mosei": 1024, "sims": 128, "simsv2": 256}         # mosi: ours, not in the paper
+BATCH = {"mosi": 128, "mosei": 1024, "sims": 128, "simsv2": 256}     # mosi: ours, not the paper's
 # On the stand-in, what is not given shrinks to this, for about 3 minutes on 2 CPU cores.
 SMALL = dict(d_model=32, layers=2, d_state=16, epochs=15, lr=3e-3, seeds=1, batch_size=32)
 SMALL_CLIPS = (1368, 456, 457)
@@ -38,7 +38,7 @@ def accuracy_f1(true, pred):
 
 
 def regression_metrics(pred, true, scale):
-    """The metrics of MMSA. scale 3: mosi, mosei; scale 1: sims, simsv2. Accuracies are fractions."""
+    """The metrics of MMSA for labels in [-scale, scale]: 3 for mosi, mosei; 1 for sims, simsv2."""
     pred, true = pred.astype(np.float64), true.astype(np.float64)
     metrics = {}
     if scale == 3:
@@ -64,7 +64,7 @@ def regression_metrics(pred, true, scale):
 
 # ----------------------------------------------------------------------------- files
 def write_whole(path, write):
-    """`write(file)` into a file beside `path`, then rename: readers see the old or the new, whole."""
+    """`write(file)` beside `path`, then rename: a reader sees the old file or the new one, whole."""
     beside = path.with_name(path.name + ".part")
     try:
         with open(beside, "wb") as file:
@@ -145,7 +145,8 @@ def run_seed(seed, config, dataset, device, out, say):
         loss = train_epoch(model, optimizer, train, order.permutation(len(train.y)),
                            config["batch_size"], device, progress)
         scheduler.step()
-        metrics = regression_metrics(predict(model, valid, config["batch_size"], device), valid.y, scale)
+        prediction = predict(model, valid, config["batch_size"], device)
+        metrics = regression_metrics(prediction, valid.y, scale)
         log.append({"epoch": epoch, "loss": loss, "valid": metrics, "synthetic": dataset.synthetic,
                     "seconds": round(time.time() - started, 2)})
         write_json(out / f"seed{seed}.jsonl", log, lines=True)
@@ -154,8 +155,8 @@ def run_seed(seed, config, dataset, device, out, say):
             best = {"weights": {k: v.detach().cpu().clone() for k, v in model.state_dict().items()},
                     "epoch": epoch, "metric": metrics["MAE"]}
         left = (time.time() - started) / epoch * (config["epochs"] - epoch)
-        say(f"seed {seed}  epoch {epoch:3d}/{config['epochs']}  loss {loss:.4f}  "
-            f"valid MAE {metrics['MAE']:.4f}  Corr {metrics['Corr']:6.3f}  {left / 60:5.1f} min left"
+        say(f"seed {seed}  epoch {epoch:3d}/{config['epochs']}  loss {loss:.4f}  valid "
+            f"MAE {metrics['MAE']:.4f}  Corr {metrics['Corr']:6.3f}  {left / 60:5.1f} min left"
             f"{'  *' if better else ''}")
         if not np.isfinite(loss):
             say(f"seed {seed}  the loss is {loss}: training has diverged"
@@ -195,8 +196,8 @@ def run(config, dataset, out, say):
     for s, split in dataset.splits.items():
         shapes = "  ".join("x".join(map(str, x.shape[1:])) for x in split.xs)
         say(f"{s}: {len(split.y)} clips of {shapes}, {100 * split.mask.mean():.1f} % of steps real")
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, device {environment['device']}, "
-        f"mode {config['mode']}, results in {out}")
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{size:,} parameters, device {environment['device']}, mode {config['mode']}, results in {out}")
     report = {"dataset": dataset.name, "synthetic": dataset.synthetic, "task": config["task"],
               "config": config, "environment": environment, "seeds": []}
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
@@ -215,9 +216,9 @@ def parse(argv):
         description="Train and evaluate Coupled Mamba. Defaults are the paper's; on the synthetic "
                     "stand-in, what you do not give shrinks to a run of about 3 minutes.")
 
-    def option(name, kind, default, text, **more):
-        p.add_argument(name, type=kind, default=default, help=f"{text} (default: {more.pop('says', default)})",
-                       **more)
+    def option(name, kind, default, text, says=None, **more):
+        p.add_argument(name, type=kind, default=default, **more,
+                       help=f"{text} (default: {default if says is None else says})")
 
     def at_least(kind, low, below=float("inf")):
         def number(text):
@@ -233,10 +234,10 @@ def parse(argv):
     option("--data", Path, None, "its file or folder", says="data/<dataset>/, else the stand-in")
     option("--out", Path, None, "folder for the results", says="runs/<dataset>-<fusion>")
     option("--task", str, "regression", "what to predict", choices=["regression"])
-    option("--fusion", str, "coupled", "coupled: the paper's method; mamba: independent Mambas, one per "
-           "modality", choices=["coupled", "mamba"])
-    option("--coupling", str, "mean", "weights of the states: 1/m, softmax of learned logits, or all 1 "
-           "as in Eq. 6, which diverges", choices=["mean", "learned", "sum"])
+    option("--fusion", str, "coupled", "coupled: the paper's method; mamba: one independent Mamba "
+           "per modality", choices=["coupled", "mamba"])
+    option("--coupling", str, "mean", "weights of the states: 1/m, softmax of learned logits, or "
+           "all 1 as in Eq. 6, which diverges", choices=["mean", "learned", "sum"])
     p.add_argument("--no-mix", action="store_true", help="leave out the Cat maps between layers")
     for name, text in (("d-model", "model width"), ("layers", "number of blocks"),
                        ("d-state", "state size n"), ("expand", "inner width / model width"),
@@ -245,14 +246,14 @@ def parse(argv):
     option("--dt-rank", count, None, "rank of the map to delta", says="d_state / 8")
     option("--dropout", at_least(float, 0.0, 1.0), None, "dropout", says=PAPER["dropout"])
     option("--pooling", str, "max", "over time", choices=["max", "mean", "last"])
-    option("--length", count, None, "steps every stream is resampled to", says="min(50, longest stream)")
+    option("--length", count, None, "steps every stream is resampled to", "min(50, longest stream)")
     option("--epochs", count, None, "epochs", says=PAPER["epochs"])
     option("--batch-size", count, None, "clips per step",
            says=", ".join(f"{k} {v}" for k, v in BATCH.items()))
     option("--lr", real, None, "learning rate of Adam, halved every 50 epochs", says=PAPER["lr"])
     option("--weight-decay", real, None, "on matrices only", says=PAPER["weight_decay"])
-    option("--patience", at_least(int, 0), 0, "stop after so many epochs without a better valid MAE, "
-           "0: never")
+    option("--patience", at_least(int, 0), 0, "stop after so many epochs without a better valid "
+           "MAE; 0: never")
     option("--seeds", count, None, "how many runs", says=PAPER["seeds"])
     option("--seed", at_least(int, 0), 0, "the first seed; the others follow")
     option("--device", str, "auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
@@ -261,7 +262,8 @@ def parse(argv):
 
 
 def pick_device(wish):
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
     if wish == "auto":
         return next(name for name in have if have[name])
     if not have[wish]:
@@ -282,7 +284,8 @@ def main(argv=None):
         if path:
             dataset = data.load(name, path, config["length"])
         else:
-            print(f"synthetic | {data.how_to_get(name)} Going on with a synthetic stand-in of its shapes.")
+            print(f"synthetic | {data.how_to_get(name)} Going on with a synthetic stand-in of the "
+                  "same shapes.")
             clips = tuple(map(min, data.SPECS[name].clips, SMALL_CLIPS))
             dataset = data.synthetic(name, config["length"], clips)
         out = out or Path("runs") / f"{name}-{config['fusion']}"

@@ -1,0 +1,759 @@
+"""The laws of Coupled Mamba:  python -m pytest -q
+
+Reference -> modes -> laws of the scan -> laws of the model -> data -> training. Problems are drawn
+by hypothesis: sizes, seeds, weights, masks. Decays lie near 1 and l spans several chunks, because
+gates drawn from U(0, 1) forget too fast to show a lost carry.
+"""
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import coupled_mamba
+import data
+import train
+from coupled_mamba import CHUNK, CoupledMamba, coupled_scan
+
+settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
+settings.load_profile("ci")
+torch.set_num_threads(2)
+
+HERE = Path(__file__).parent
+NAMES = ("x", "delta", "A", "B", "C", "D", "w", "H0")
+# Largest error / largest value. float64: rounding over 300 steps. float32: 2^-24 times the ~100 terms
+# that a decay of 0.99 sums, more for gradients, which sum over time again. 16 bit: y is rounded to 8
+# or 11 bits at the end, and so are the inputs before; the state is float32 in between.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+# ----------------------------------------------------------------------------- problems
+def problem(m, b, l, e, n, seed, w="time", masked=False, H0=True, dtype=torch.float64):
+    """Arguments of `coupled_scan` by name. S is between 0.9 and 0.999 for most entries."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    p = {"x": randn(m, b, l, e), "delta": 10 ** (randn(m, b, l, e) / 2 - 1.5),
+         "A": -torch.exp(randn(m, e, n) / 2), "B": randn(m, b, l, n), "C": randn(m, b, l, n),
+         "D": randn(m, e), "w": torch.softmax(randn(m, b, l), 0), "H0": randn(b, e, n) * H0}
+    if w == "vector":
+        p["w"] = torch.softmax(randn(m), 0)
+    if masked:                                               # design: absent steps do not act on H
+        mask = torch.rand(m, b, l, generator=g) < 0.6
+        share = torch.where(mask, p["w"] if w == "time" else p["w"][:, None, None], 0)
+        p["w"] = torch.where(mask.any(0), share / share.sum(0).clamp(min=1e-9), 1 / m)
+        p["delta"] = torch.where(mask[..., None], p["delta"], 0)
+    return {k: v.to(dtype) for k, v in p.items()}
+
+
+problems = st.builds(
+    problem, m=st.integers(1, 4), b=st.integers(1, 3), l=st.integers(1, 3 * CHUNK + 2),
+    e=st.integers(1, 5), n=st.integers(1, 5), seed=st.integers(0, 10 ** 6),
+    w=st.sampled_from(["time", "vector"]), masked=st.booleans(), H0=st.booleans())
+
+
+def reference(x, delta, A, B, C, D, w, H0):
+    """Eq. 6 in NumPy, written from the paper and not from the code."""
+    m, b, l, e = x.shape
+    w = np.broadcast_to(w.reshape(m, -1, w.shape[2] if w.ndim == 3 else 1), (m, b, l))
+    y, H = np.empty_like(x), H0.copy()
+    for t in range(l):
+        following = np.zeros_like(H)
+        for k in range(m):
+            step = delta[k, :, t, :, None]                                         # (b, e, 1)
+            h = np.exp(step * A[k]) * H + step * x[k, :, t, :, None] * B[k, :, t, None, :]
+            y[k, :, t] = (h @ C[k, :, t, :, None])[..., 0] + D[k] * x[k, :, t]
+            following += w[k, :, t, None, None] * h
+        H = following
+    return y, H
+
+
+def run(p, mode, last=False, seed=0):
+    """y, H_last and the gradient of every argument under random cotangents (of the last step only)."""
+    p = {k: v.clone().requires_grad_() for k, v in p.items()}
+    y, H = coupled_scan(**p, mode=mode)
+    g = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(v.shape, generator=g).bfloat16().to(v.dtype) for v in (y, H)]
+    if last:
+        cotangents[0][:, :, :-1] = 0
+    return dict(zip(("y", "H", *p), (y, H, *torch.autograd.grad((y, H), list(p.values()), cotangents))))
+
+
+def assert_close(got, expected, tolerance, name=""):
+    got, expected = (torch.as_tensor(v).detach().double() for v in (got, expected))
+    assert got.shape == expected.shape, name
+    error, size = (got - expected).abs().max().item(), expected.abs().max().item()
+    assert error <= tolerance * max(size, 1e-3), f"{name}: error {error:.1e} at size {size:.1e}"
+
+
+def sizes(**more):
+    return dict(dict(m=3, b=2, l=40, e=4, n=3, seed=1), **more)
+
+
+EDGES = (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 4 * CHUNK + 1, 300)
+
+
+# ----------------------------------------------------------------------------- the reference
+@given(problems)
+def test_recurrence_is_equation_6(p):
+    y, H = coupled_scan(**p, mode="recurrence")
+    y_ref, H_ref = reference(*(p[k].numpy() for k in NAMES))
+    assert_close(y, y_ref, 1e-12, "y")
+    assert_close(H, H_ref, 1e-12, "H")
+
+
+def test_constant_parameters_give_the_geometric_series():
+    p = problem(**sizes(l=200))
+    for k in ("x", "delta", "B", "C", "w"):
+        p[k] = p[k][:, :, :1].expand(-1, -1, 200, -1) if p[k].dim() == 4 else p[k][:, :, :1].expand(-1, -1, 200)
+    S, V = coupled_mamba.discretize(p["x"][:, :, 0], p["delta"][:, :, 0], p["A"], p["B"][:, :, 0])
+    P, U = coupled_mamba.collapse(S, V, p["w"][:, :, 0])
+    for mode in ("recurrence", "convolution", "scan"):
+        _, H = coupled_scan(**p, mode=mode)
+        assert_close(H, P ** 200 * p["H0"] + U * (1 - P ** 200) / (1 - P), 1e-10, mode)
+
+
+# ----------------------------------------------------------------------------- the modes agree
+@given(problems, st.booleans(), st.sampled_from(["convolution", "scan"]))
+def test_all_modes_agree_in_values_and_every_gradient(p, last, mode):
+    expected = run(p, "recurrence", last)
+    for name, got in run(p, mode, last).items():
+        assert_close(got, expected[name], TOLERANCE[torch.float64], f"{mode} {name}")
+
+
+@pytest.mark.parametrize("mode", ["convolution", "scan"])
+@pytest.mark.parametrize("l", EDGES)
+def test_modes_agree_at_the_edges_of_chunks(l, mode):
+    for masked in (False, True):
+        p = problem(**sizes(l=l, b=1, masked=masked))
+        expected = run(p, "recurrence", last=True)
+        for name, got in run(p, mode, last=True).items():
+            assert_close(got, expected[name], TOLERANCE[torch.float64], f"{mode} {name}")
+
+
+def test_scan_agrees_over_several_blocks_of_the_batch(monkeypatch):
+    monkeypatch.setattr(coupled_mamba, "BLOCK", 1500)
+    p = problem(**sizes(b=5))
+    expected = run(p, "recurrence")
+    for name, got in run(p, "scan").items():
+        assert_close(got, expected[name], TOLERANCE[torch.float64], name)
+
+
+@given(problems, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_narrow_inputs_have_a_float32_state_and_their_own_dtype_out(p, dtype):
+    p = {k: v.to(dtype) for k, v in p.items()}
+    expected = run({k: v.double() for k, v in p.items()}, "recurrence")
+    for mode in ("recurrence", "scan"):
+        got = run(p, mode)
+        assert got["y"].dtype == got["x"].dtype == dtype and got["H"].dtype == torch.float32
+        assert_close(got["H"], expected["H"], TOLERANCE[torch.float32], "H")
+        for name in got:
+            assert_close(got[name], expected[name], TOLERANCE[dtype], f"{mode} {name}")
+
+
+@pytest.mark.parametrize("mode", ["recurrence", "convolution", "scan"])
+def test_gradients_are_those_of_finite_differences(mode):
+    p = problem(m=2, b=1, l=CHUNK + 2, e=2, n=2, seed=3)
+    p = {k: v.requires_grad_() for k, v in p.items()}
+    assert torch.autograd.gradcheck(lambda *v: coupled_scan(*v, mode=mode), tuple(p.values()),
+                                    atol=1e-6, fast_mode=True)
+
+
+def test_gradient_of_the_gradient_of_scan_is_a_clear_error():
+    x = problem(**sizes())["x"].requires_grad_()
+    y, _ = coupled_scan(**{**problem(**sizes()), "x": x})
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@given(st.integers(1, 3), st.integers(1, 60), st.integers(0, 99))
+def test_time_invariant_parameters_go_through_the_fft_and_agree(m, l, seed):
+    p = problem(**sizes(m=m, l=l, seed=seed, w="vector"))
+    p = {k: v[:, :, 0] if k in ("delta", "B", "C") else v for k, v in p.items()}
+    expected = run(p, "recurrence")
+    for mode in ("convolution", "scan"):
+        for name, got in run(p, mode).items():
+            assert_close(got, expected[name], TOLERANCE[torch.float64], f"{mode} {name}")
+
+
+def test_scan_never_holds_the_states_of_the_whole_sequence():
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.untyped_storage().nbytes() // out.element_size())
+            return out
+
+    with Watch():
+        run(problem(m=2, b=2, l=600, e=32, n=32, seed=0, dtype=torch.float32), "scan")
+    kept = -(-600 // CHUNK) * 2 * 32 * 32                    # H at the chunk boundaries
+    assert kept <= largest <= max(kept, 2 * 2 * 600 * 32) < 2 * 2 * 600 * 32 * 32 / 20
+
+
+# ----------------------------------------------------------------------------- laws of the scan
+@given(problems, st.data(), st.sampled_from(["recurrence", "convolution", "scan"]))
+def test_handing_the_state_over_at_any_cut_changes_nothing(p, draw, mode):
+    cut = draw.draw(st.integers(0, p["x"].shape[2]))
+    y, H = coupled_scan(**p, mode=mode)
+    ys, state = [], p["H0"]
+    for part in (slice(0, cut), slice(cut, None)):
+        q = {k: v[:, :, part] if k in ("x", "delta", "B", "C") or (k == "w" and v.dim() == 3) else v
+             for k, v in p.items()}
+        if q["x"].shape[2]:
+            piece, state = coupled_scan(**{**q, "H0": state}, mode=mode)
+            ys.append(piece)
+    assert_close(torch.cat(ys, 2), y, 1e-9)
+    assert_close(state, H, 1e-9)
+
+
+@given(problems, st.data(), st.sampled_from(["recurrence", "convolution", "scan"]))
+def test_the_future_does_not_act_on_the_past(p, draw, mode):
+    t = draw.draw(st.integers(0, p["x"].shape[2] - 1))
+    changed = {k: v.clone() for k, v in p.items()}
+    for k in ("x", "B", "C", "delta"):
+        changed[k][:, :, t + 1:] = changed[k][:, :, t + 1:].abs() + 1
+    before, after = (coupled_scan(**q, mode=mode)[0][:, :, :t + 1] for q in (p, changed))
+    assert_close(after, before, 1e-12)
+
+
+@given(problems, st.randoms(use_true_random=False))
+def test_order_of_clips_and_of_modalities_is_immaterial(p, random):
+    (m, b), (y, H) = p["x"].shape[:2], coupled_scan(**p)
+    rows, chains = random.sample(range(b), b), random.sample(range(m), m)
+    q = {k: v[chains] if k != "H0" else v[rows] for k, v in p.items()}
+    q = {k: v[:, rows] if k in ("x", "delta", "B", "C") or (k == "w" and v.dim() == 3) else v
+         for k, v in q.items()}
+    y_moved, H_moved = coupled_scan(**q)
+    assert_close(y_moved, y[chains][:, rows], 1e-12)
+    assert_close(H_moved, H[rows], 1e-12)
+
+
+@given(problems)
+def test_identity_weights_are_independent_mambas_and_equal_rows_the_vector(p):
+    m, b, l, e = p["x"].shape
+    w = torch.softmax(torch.arange(m, dtype=torch.float64), 0)
+    y, H = coupled_scan(**{**p, "w": w}, mode="recurrence")
+    rows = {**p, "w": w.expand(m, m), "H0": p["H0"].expand(m, -1, -1, -1)}
+    y_rows, H_rows = coupled_scan(**rows, mode="recurrence")
+    assert_close(y_rows, y, 1e-12)
+    assert_close(H_rows, H.expand_as(H_rows), 1e-12)
+    y, H = coupled_scan(**{**rows, "w": torch.eye(m, dtype=torch.float64)}, mode="recurrence")
+    for i in range(m):
+        alone = {k: v[i:i + 1] if k not in ("w", "H0") else v for k, v in p.items()}
+        y_i, H_i = coupled_scan(**{**alone, "w": None}, mode="scan")
+        assert_close(y[i:i + 1], y_i, 1e-9)
+        assert_close(H[i], H_i, 1e-9)
+
+
+@given(problems)
+def test_under_the_mean_the_state_is_bounded(p):
+    p["w"] = None
+    m, b, l, e = p["x"].shape
+    S, V = coupled_mamba.discretize(p["x"], p["delta"].clamp(min=1e-3), p["A"], p["B"])
+    P, U = coupled_mamba.collapse(S, V, torch.full((m, 1, 1), 1 / m, dtype=torch.float64))
+    assert 0 < P.min() and P.max() < 1
+    _, H = coupled_scan(**{**p, "delta": p["delta"].clamp(min=1e-3), "H0": None})
+    assert H.abs().max() <= U.abs().max() / (1 - P.max()) * (1 + 1e-9)
+
+
+BAD = [({"mode": "fft"}, "mode is 'fft', expected one of recurrence"),
+       ({"delta": torch.ones(3, 2, 5, 4)}, r"delta has shape \(3, 2, 5, 4\), expected \(3, 2, 40, 4\)"),
+       ({"w": torch.eye(3)}, "needs mode='recurrence'"), ({"w": torch.ones(2)}, "w has shape"),
+       ({"H0": torch.ones(3, 2, 4, 3)}, "H0 has shape"), ({"D": torch.ones(4)}, "D has shape"),
+       ({"x": torch.ones(3, 2, 40, 4, dtype=torch.int64)}, "x is torch.int64"),
+       ({"x": torch.ones(3, 2, 0, 4)}, "no axis of length 0"), ({"A": torch.ones(3, 4)}, "A "),
+       ({"mode": "convolution", "w": -torch.ones(3)}, "use mode='recurrence' or mode='scan'")]
+
+
+@pytest.mark.parametrize("wrong, message", BAD)
+def test_wrong_arguments_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        coupled_scan(**{**problem(**sizes()), **wrong})
+
+
+# ----------------------------------------------------------------------------- laws of the model
+def model_and_input(seed=0, m=3, b=2, l=CHUNK + 4, **options):
+    torch.manual_seed(seed)
+    widths = (5, 3, 4, 2)[:m]
+    model = CoupledMamba(widths, 2, **{**dict(d_model=8, n_layers=2, d_state=8), **options}).double()
+    for p in model.parameters():                 # so that no bias, logit or skip is still neutral
+        p.data += 0.1 * torch.randn_like(p)
+    return model, [torch.randn(b, l, width, dtype=torch.float64) for width in widths]
+
+
+options = st.fixed_dictionaries(dict(
+    coupling=st.sampled_from(["mean", "learned", "sum", "none"]), mix=st.booleans(), m=st.integers(1, 4),
+    pooling=st.sampled_from(["max", "mean", "last"]), seed=st.integers(0, 999)))
+
+
+def draw_mask(xs, seed, rate=0.6):
+    mask = torch.rand(len(xs), *xs[0].shape[:2], generator=torch.Generator().manual_seed(seed)) < rate
+    mask[0, :, 0] = True                         # somebody was there
+    return mask
+
+
+def mamba_block(block, f, i):
+    """Chain i of a block as a plain Mamba, in NumPy: one clip f (l, d), one modality."""
+    p = {k: v.detach().numpy()[i] for k, v in block.named_parameters() if k != "coupling_logits"}
+    normed = (f - f.mean(1, keepdims=True)) / np.sqrt(f.var(1, keepdims=True) + 1e-5)
+    both = (normed * p["norm_weight"] + p["norm_bias"]) @ p["in_proj.weight"]
+    e, n, l = both.shape[1] // 2, p["A_log"].shape[1], len(f)
+    rank, k = p["dt_proj.weight"].shape[0], p["conv_weight"].shape[1]
+    x = np.zeros((l, e))
+    for t in range(l):
+        x[t] = p["conv_bias"]
+        for lag in range(min(k, t + 1)):
+            x[t] += p["conv_weight"][:, k - 1 - lag] * both[t - lag, :e]
+    x = x / (1 + np.exp(-x))
+    maps, h, y = x @ p["x_proj.weight"], np.zeros((e, n)), np.zeros((l, e))
+    for t in range(l):
+        delta = np.logaddexp(0, maps[t, :rank] @ p["dt_proj.weight"] + p["dt_bias"])[:, None]
+        h = np.exp(delta * -np.exp(p["A_log"])) * h + delta * x[t][:, None] * maps[t, rank:rank + n]
+        y[t] = h @ maps[t, rank + n:] + p["D"] * x[t]
+    gate = both[:, e:]
+    return f + (y * gate / (1 + np.exp(-gate))) @ p["out_proj.weight"]
+
+
+@given(options)
+def test_one_modality_or_no_coupling_is_a_plain_mamba(o):
+    o = {**o, "coupling": "none"} if o["m"] > 1 else {**o, "coupling": "mean"}
+    model, xs = model_and_input(**{**o, "mix": False})
+    features = model.encode(xs).detach().numpy()
+    for i, x in enumerate(xs):
+        for j in range(len(x)):
+            f = model.encoders[i](x[j]).detach().numpy()
+            for block in model.blocks:
+                f = mamba_block(block, f, i)
+            assert_close(features[i, j], f, 1e-9)
+
+
+@settings(max_examples=12)
+@given(options, st.booleans())
+def test_streaming_equals_forward_after_every_step(o, masked):
+    model, xs = model_and_input(**o)
+    mask = draw_mask(xs, o["seed"]) if masked else None
+    state = model.init_state(2)
+    for t in range(xs[0].shape[1]):
+        out, state = model.step([x[:, t] for x in xs], state, None if mask is None else mask[:, :, t])
+        whole = model([x[:, :t + 1] for x in xs], None if mask is None else mask[:, :, :t + 1])
+        assert_close(out, whole, 1e-9)
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.encoders.parameters())
+
+
+GARBAGE = st.sampled_from([7., float("inf"), float("nan")])
+
+
+@given(options, GARBAGE)
+def test_what_lies_under_the_mask_is_never_read(o, garbage):
+    model, xs = model_and_input(**o)
+    mask, results = draw_mask(xs, o["seed"]), []
+    for fill in (0., garbage):
+        filled = [torch.where(k[..., None], x, fill) for x, k in zip(xs, mask)]
+        out, features = model(filled, mask), model.encode(filled, mask)
+        assert (features[~mask] == 0).all()
+        results.append((out, features, *torch.autograd.grad(out.sum(), list(model.parameters()),
+                                                            allow_unused=True)))
+    for a, b in zip(*results):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(b, a, 1e-9)
+
+
+@given(options, st.integers(1, 5), GARBAGE)
+def test_trailing_padding_changes_neither_outputs_nor_the_state(o, extra, garbage):
+    model, xs = model_and_input(**o)
+    padded = [torch.cat([x, torch.full((2, extra, x.shape[2]), garbage).double()], 1) for x in xs]
+    mask = torch.ones(len(xs), 2, padded[0].shape[1], dtype=torch.bool)
+    mask[:, :, -extra:] = False
+    assert_close(model(padded, mask), model(xs), 1e-9)
+    assert_close(model.encode(padded, mask)[:, :, :-extra], model.encode(xs), 1e-9)
+    states = [model._features(x, k, model.init_state(2))[1] for x, k in ((padded, mask), (xs, None))]
+    for got, expected in zip(*states):
+        assert_close(got.H, expected.H, 1e-9)
+
+
+@given(options, GARBAGE)
+def test_a_modality_masked_everywhere_leaves_the_model_of_the_others(o, garbage):
+    model, xs = model_and_input(**{**o, "m": 3})
+    others, _ = model_and_input(**{**o, "m": 2})
+    d, weights = 8, {}
+    for name, p in model.state_dict().items():
+        if name.startswith("mix."):              # input rows of the absent third modality go
+            p = p[:, :d]
+            p[1] = model.state_dict()[name][1, :d]
+        shape = others.state_dict().get(name)
+        if shape is not None:
+            weights[name] = p[:len(shape)] if not name.startswith(("encoders", "head")) else p
+    others.load_state_dict(weights)
+    mask = draw_mask(xs, o["seed"])
+    mask[2] = False
+    xs[2] = torch.full_like(xs[2], garbage)
+    assert_close(model(xs, mask), others(xs[:2], mask[:2]), 1e-9)
+
+
+@pytest.mark.parametrize("coupling", ["mean", "learned"])
+def test_4096_steps_from_the_initialisation_stay_finite_in_float32(coupling):
+    torch.manual_seed(0)
+    model = CoupledMamba((4, 4, 4), d_model=16, n_layers=2, d_state=16, coupling=coupling)
+    out = model([torch.randn(1, 4096, 4) for _ in range(3)])
+    out.sum().backward()
+    assert out.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_sum_of_the_paper_leaves_float32_at_about_eighty_steps():
+    torch.manual_seed(0)
+    block = CoupledMamba((4, 4, 4), n_layers=1, coupling="sum").blocks[0]
+    largest = {l: block(torch.randn(3, 1, l, 128))[1].H.abs().max().item() for l in (50, 80, 110)}
+    assert 1e15 < largest[50] < 1e30 and not np.isfinite(largest[110])
+
+
+def test_every_parameter_starts_where_the_paper_says():
+    torch.manual_seed(0)
+    model = CoupledMamba((768, 33, 709))
+    for block in model.blocks:
+        step = F.softplus(block.dt_bias)
+        assert 0.99e-3 < step.min() < 2e-3 and 0.05 < step.max() < 1.01e-1
+        assert_close(-torch.exp(block.A_log), -torch.arange(1., 65).expand(3, 256, 64), 1e-6)
+        assert (block.D == 1).all() and block.dt_proj.weight.shape == (3, 8, 256)
+    decay, rest = model.param_groups(0.1)
+    assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    spared = {id(p) for p in rest["params"]}
+    for name, p in model.named_parameters():
+        assert (id(p) in spared) == bool(re.search("A_log|D$|bias|norm|logits", name)), name
+
+
+def test_autocast_gives_the_same_answer_in_less_precision():
+    model, xs = model_and_input()
+    model, xs = model.float(), [x.float() for x in xs]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(xs)
+    out.float().sum().backward()
+    assert_close(out, model(xs), 0.1)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(coupling="max"), "coupling is 'max'"), (dict(pooling="sum"), "pooling is 'sum'"),
+    (dict(mode="fast"), "mode is 'fast'"), (dict(d_state=0), "at least 1")])
+def test_wrong_options_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        CoupledMamba((3, 4), **change)
+
+
+def test_wrong_inputs_are_named():
+    model, xs = model_and_input()
+    for bad in (xs[:2], [xs[0], xs[1], xs[2][:, :5]], [xs[1], xs[0], xs[2]]):
+        with pytest.raises(ValueError, match="expected .b, l, width. for each of the widths"):
+            model(bad)
+    for mask in (torch.ones(3, 2, 20), torch.ones(3, 2, 19, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="mask is"):
+            model(xs, mask)
+
+
+ALONE = """
+import sys
+sys.modules["numpy"] = sys.modules["triton"] = None
+import torch, coupled_mamba
+torch.manual_seed(0)
+xs, y = [torch.randn(64, 12, 3), torch.randn(64, 12, 2)], torch.arange(64) % 2
+xs[0][:, 3] += 2 * y[:, None]
+model = coupled_mamba.CoupledMamba((3, 2), 2, d_model=16, n_layers=1, d_state=8)
+optimizer = torch.optim.Adam(model.param_groups(0), 1e-2)
+for _ in range(40):
+    loss = torch.nn.functional.cross_entropy(model(xs), y)
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+assert loss < 0.1, loss
+"""
+
+
+def test_the_file_works_alone_without_numpy_and_triton(tmp_path):
+    (tmp_path / "coupled_mamba.py").write_bytes((HERE / "coupled_mamba.py").read_bytes())
+    subprocess.run([sys.executable, "-W", "ignore", "-c", ALONE], cwd=tmp_path, check=True)
+    assert os.listdir(tmp_path) in (["coupled_mamba.py"], ["coupled_mamba.py", "__pycache__"],
+                                    ["__pycache__", "coupled_mamba.py"])
+
+
+# ----------------------------------------------------------------------------- data
+def mmsa(seed=0, clips=(7, 4, 5), lengths=True, bert=True):
+    """A file like MMSA's: front-padded text, tail-padded audio and vision, -inf and NaN in frames."""
+    rng, content = np.random.default_rng(seed), {"config": {"not": "a split"}, "train_mix": {}}
+    frames, widths = (6, 40, 25), (8, 3, 5)
+    for s, count in zip(data.SPLITS, clips):
+        split = {"id": [f"{s}{i}" for i in range(count)], "raw_text": np.array(["a b"] * count),
+                 "regression_labels": rng.uniform(-3, 3, count).astype(np.float32).tolist(),
+                 "annotations": np.array(["Positive"] * count, dtype=object)}
+        for m, t, width in zip(data.MODALITIES, frames, widths):
+            real = rng.integers(1, t + 1, count)
+            x = 50 * rng.standard_normal((count, t, width)) + 3
+            for i, r in enumerate(real):
+                x[i, :t - r if m == "text" else 0] = 0
+                x[i, r if m != "text" else t:] = 0
+            split[m] = x.astype(np.float32)
+            if m == "text" and bert:
+                on = np.arange(t) >= t - real[:, None]
+                split["text_bert"] = np.stack([on, on, on], 1).astype(np.float32)
+            elif m != "text" and lengths:
+                split[f"{m}_lengths"] = real.tolist() if m == "audio" else real
+        split["audio"][0, 0, 1], split["vision"][1, 0, 0] = -np.inf, np.nan
+        content[s] = split
+    return content
+
+
+def write(path, content, protocol=4):
+    path.write_bytes(pickle.dumps(content, protocol))
+    return path
+
+
+def resampled(x, real, length):
+    """Segment means over the real frames, clip by clip, in plain loops."""
+    out = np.zeros((len(x), length, x.shape[2]))
+    for i, frames in enumerate(np.where(np.isfinite(x), x, 0).astype(np.float64)):
+        frames = frames[real[i]]
+        for j in range(length):
+            first, last = j * len(frames) // length, (j + 1) * len(frames) // length
+            out[i, j] = frames[first:max(last, first + 1)].mean(0)
+    return out
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("said", [True, False])
+def test_an_mmsa_file_is_cut_resampled_and_standardised_by_its_training_split(protocol, said, tmp_path):
+    content = mmsa(lengths=said, bert=said)
+    loaded = data.load("mosi", write(tmp_path / "a.pkl", content, protocol))
+    assert list(loaded.splits) == list(data.SPLITS) and not loaded.synthetic
+    raw = {s: [resampled(content[s][m], (content[s][m] != 0).any(2), 40) for m in data.MODALITIES]
+           for s in data.SPLITS}
+    for s, split in loaded.splits.items():
+        assert split.mask.all() and split.y.tolist() == content[s]["regression_labels"]
+        for x, values, train_values in zip(split.xs, raw[s], raw["train"]):
+            mean, deviation = train_values.mean((0, 1)), train_values.std((0, 1))
+            assert_close(x, (values - mean) / deviation, 1e-5)
+
+
+def test_a_stream_without_a_real_frame_is_absent_and_length_is_obeyed(tmp_path):
+    content = mmsa()
+    content["valid"]["audio"][2], content["valid"]["audio_lengths"][2] = 0, 0
+    loaded = data.load("mosi", write(tmp_path / "a.pkl", content), length=9)
+    mask = loaded.splits["valid"].mask
+    assert mask.shape == (3, 4, 9) and not mask[1, 2].any() and mask.sum() == mask.size - 9
+    assert (loaded.splits["valid"].xs[1][2] == 0).all()
+
+
+class Calls:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def damaged():
+    def changed(path, value):
+        content = mmsa()
+        content[path[0]][path[1]] = value
+        return pickle.dumps(content)
+
+    whole = pickle.dumps(mmsa())
+    lost = mmsa()
+    del lost["valid"]
+    return {
+        "system": (pickle.dumps(Calls(os.system, "touch hacked")), "posix.system"),
+        "eval": (changed(("train", "text"), Calls(eval, "open('hacked', 'w')")), "eval"),
+        "numpy.load": (pickle.dumps(Calls(np.load, "hacked.npy", None, True)), "numpy"),
+        "truncated": (whole[:len(whole) // 2], "not a complete MMSA pickle"),
+        "empty": (b"", "empty"), "text": (b"hello, world", "not a complete MMSA pickle"),
+        "no dict": (pickle.dumps([1, 2]), "expected a dict"), "no split": (pickle.dumps(lost), "valid"),
+        "no key": (pickle.dumps({s: {} for s in data.SPLITS}), "has no 'text'"),
+        "unequal": (changed(("test", "audio"), np.ones((4, 40, 3))), "4 clips"),
+        "labels": (changed(("train", "regression_labels"), [float("nan")] * 7), "NaN"),
+        "strings": (changed(("train", "vision"), np.full((7, 25, 5), "a")), "numbers"),
+        "ragged": (changed(("train", "text"), [[[1.0]], [1.0]]), "ragged"),
+        "no frames": (changed(("valid", "audio"), np.ones((4, 0, 3))), "shape"),
+        "widths": (changed(("valid", "audio"), np.ones((4, 40, 2))), "widths"),
+        "lengths": (changed(("valid", "audio_lengths"), [1]), "entries")}
+
+
+@pytest.mark.parametrize("kind", damaged())
+def test_a_damaged_or_hostile_file_is_one_line_and_exit_code_2(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content, message = damaged()[kind]
+    Path("a.pkl").write_bytes(content)
+    assert train.main(["--dataset", "mosi", "--data", "a.pkl"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and message in printed.err
+    assert os.listdir() == ["a.pkl"]
+
+
+@given(st.integers(0, 10 ** 6))
+def test_flipped_bytes_are_read_or_refused_but_nothing_else(tmp_path_factory, seed):
+    rng, content = np.random.default_rng(seed), bytearray(pickle.dumps(mmsa(), int(seed % 4) + 2))
+    for _ in range(rng.integers(1, 8)):
+        content[rng.integers(min(len(content), 10 ** int(rng.integers(2, 5))))] = rng.integers(256)
+    path = tmp_path_factory.mktemp("flip") / "a.pkl"
+    path.write_bytes(content)
+    try:
+        data.load("mosi", path)
+    except data.DataError:
+        pass
+
+
+MEMORY = """
+import sys, resource, data
+if len(sys.argv) > 2:
+    kept = sum(x.nbytes for s in data.load("mosei", sys.argv[1], 50).splits.values() for x in s.xs)
+    print(kept)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def test_reading_takes_less_than_three_times_what_is_kept(tmp_path):
+    content = {s: {"regression_labels": np.zeros(count, np.float32), **{
+        m: np.ones((count, *shape), np.float32) for m, shape in
+        zip(data.MODALITIES, ((50, 768), (500, 74), (500, 35)))}}
+        for s, count in zip(data.SPLITS, (800, 100, 200))}
+    path = write(tmp_path / "a.pkl", content)
+    del content
+
+    def measure(*more):
+        done = subprocess.run([sys.executable, "-c", MEMORY, str(path), *more], cwd=HERE, check=True,
+                              capture_output=True, text=True)
+        return list(map(int, done.stdout.split()))
+
+    kept, peak = measure("load")
+    assert kept == 1100 * 50 * 877 * 4 and peak - measure()[0] < 3 * kept
+
+
+def test_the_stand_in_hides_its_label_from_every_pooled_statistic():
+    splits = data.synthetic("sims", clips=(600, 50, 60)).splits
+    again = data.synthetic("sims", clips=(600, 50, 60)).splits
+    assert all((a == b).all() for a, b in zip(splits["test"].xs, again["test"].xs))
+    assert [x.shape for x in splits["test"].xs] == [(60, 50, 768), (60, 50, 33), (60, 50, 709)]
+    y = splits["train"].y
+    assert set(np.round(3 * y)) == {-3, -1, 1, 3}
+    for x in splits["train"].xs:
+        score = x @ np.linalg.svd(x.reshape(-1, x.shape[2])[:5000], full_matrices=False)[2][0]
+        for statistic in (score.sum(1), score.max(1), score.min(1), score.std(1)):
+            assert abs(np.corrcoef(statistic, y)[0, 1]) < 0.15
+
+
+# ----------------------------------------------------------------------------- metrics and training
+def test_metrics_are_those_of_mmsa_worked_out_by_hand():
+    true = np.array([-3., -1, 0, 0, 0.4, 1, 2, 2.6])
+    pred = np.array([-2., 0.3, 0.2, -0.1, 0.6, 1.4, 4, -0.2])
+    got = train.regression_metrics(pred, true, 3)
+    # without zeros: true - - + + + +, predicted - + + + + -: F1 of "-" 2/4, of "+" 6/8
+    assert got["Acc-2"] == pytest.approx(4 / 6) and got["F1"] == pytest.approx((2 * 0.5 + 4 * 0.75) / 6)
+    # with zeros, >= 0: true - - + + + + + +, predicted - + + - + + + -: F1 2/5 and 8/11
+    assert got["Acc-2 with 0"] == pytest.approx(5 / 8)
+    assert got["F1 with 0"] == pytest.approx((2 * 0.4 + 6 * 8 / 11) / 8)
+    # rounded 7: -3 -1 0 0 0 1 2 3 and -2 0 0 0 1 1 3 0;  5: -2 -1 0 0 0 1 2 2 and -2 0 0 0 1 1 2 0
+    assert (got["Acc-7"], got["Acc-5"], got["Acc-3"]) == (3 / 8, 5 / 8, 5 / 8)
+    assert got["MAE"] == pytest.approx((1 + 1.3 + 0.2 + 0.1 + 0.2 + 0.4 + 2 + 2.8) / 8)
+    assert got["Corr"] == pytest.approx(np.corrcoef(pred, true)[0, 1])
+
+    true, pred = np.array([-1, -0.1, 0, 0.1, 0.6, 1.]), np.array([-0.8, 0.05, 0, -0.3, 2, 0.7])
+    got = train.regression_metrics(pred, true, 1)
+    # <= 0 is negative: true - - - + + +, predicted - + - - + +
+    assert got["Acc-2"] == got["F1"] == pytest.approx(4 / 6)
+    # classes of 3: 0 0 1 1 2 2 and 0 1 1 0 2 2;  of 5: 0 1 2 2 3 4 and 0 2 2 1 4 3
+    assert (got["Acc-3"], got["Acc-5"]) == (pytest.approx(4 / 6), pytest.approx(2 / 6))
+    assert got["MAE"] == pytest.approx((0.2 + 0.15 + 0 + 0.4 + 0.4 + 0.3) / 6)
+
+
+def test_metrics_of_degenerate_predictions_are_numbers_or_nan():
+    zeros = np.zeros(5)
+    got = train.regression_metrics(zeros, zeros, 3)
+    assert np.isnan(got["Acc-2"]) and np.isnan(got["Corr"]) and got["MAE"] == 0 == 1 - got["Acc-7"]
+    assert np.isnan(train.regression_metrics(zeros, np.arange(5.), 1)["Corr"])
+
+
+TINY = ["--d-model", "8", "--layers", "1", "--d-state", "4", "--batch-size", "4"]
+
+
+def test_a_run_leaves_its_files_whole_and_chooses_the_epoch_on_valid(tmp_path, capsys):
+    content, results = mmsa(clips=(12, 6, 6)), []
+    for poison in (0, 100):                      # the labels of test must not steer anything
+        content["test"]["regression_labels"] = [v + poison for v in content["test"]["regression_labels"]]
+        out = tmp_path / f"out{poison}"
+        assert train.main(["--dataset", "mosi", "--data", str(write(tmp_path / "a.pkl", content)), "--out",
+                           str(out), "--epochs", "6", "--seeds", "2", "--lr", "0.05", *TINY]) == 0
+        assert sorted(os.listdir(out)) == ["results.json"] + [f"seed{k}.{e}" for k in (0, 1)
+                                                              for e in ("jsonl", "npz", "pt")]
+        results.append(json.loads((out / "results.json").read_text()))
+    assert "synthetic" not in capsys.readouterr().out and results[0]["synthetic"] is False
+    for a, b in zip(results[0]["seeds"], results[1]["seeds"]):
+        assert a["valid"] == b["valid"] and a["epoch"] == b["epoch"] and a["test"] != b["test"]
+        log = [json.loads(line) for line in (out / f"seed{a['seed']}.jsonl").read_text().splitlines()]
+        assert len(log) == 6
+        assert min(log, key=lambda row: row["valid"]["MAE"])["epoch"] == a["epoch"]
+    saved = torch.load(out / "seed0.pt", weights_only=True)
+    model = train.make_model(saved["config"], saved["d_inputs"])
+    model.load_state_dict(saved["weights"])
+    test = data.load("mosi", tmp_path / "a.pkl").splits["test"]
+    stored = np.load(out / "seed0.npz")
+    assert_close(train.predict(model, test, 4, torch.device("cpu")), stored["prediction"], 1e-5)
+    assert (stored["target"] == test.y).all()
+    maes = [r["test"]["MAE"] for r in results[1]["seeds"]]
+    assert results[1]["mean"]["MAE"] == pytest.approx(np.mean(maes))
+    assert results[1]["std"]["MAE"] == pytest.approx(np.std(maes))
+
+
+def test_a_run_without_data_says_synthetic_on_every_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "SMALL_CLIPS", (16, 8, 8))
+    for fusion in ("coupled", "mamba"):
+        assert train.main(["--dataset", "sims", "--epochs", "1", "--fusion", fusion, *TINY]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) > 5 and all(line.startswith("synthetic | ") for line in lines)
+        result = json.loads(Path(f"runs/sims-{fusion}/results.json").read_text())
+        assert result["synthetic"] is True and result["config"]["fusion"] == fusion
+
+
+@pytest.mark.parametrize("wrong", [["--data", "nowhere.pkl"], ["--epochs", "0"], ["--lr", "-1"],
+                                   ["--dropout", "1"], ["--fusion", "x"], ["--device", "cuda"]])
+def test_a_wrong_command_is_refused_with_code_2(wrong, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        code = train.main(["--dataset", "sims", *wrong])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2 and "error: " in capsys.readouterr().err and not os.listdir()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "results.json"
+    train.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        train.write_json(path, {"a": object()})
+    with pytest.raises(ZeroDivisionError):
+        train.write_whole(path, lambda file: (file.write(b"half"), 1 / 0))
+    assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["results.json"]
+
+
+# ----------------------------------------------------------------------------- README
+def test_the_python_snippets_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    assert len(snippets) >= 2
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
