@@ -4,8 +4,9 @@ Paper: Li, Zhou, Yu, Song, Yang, "Coupled Mamba: Enhanced Multi-modal Fusion wit
 Space Model", NeurIPS 2024 (arXiv 2405.18014). Built on Gu and Dao, "Mamba" (arXiv 2312.00752).
 This file needs torch and nothing else: copy it into your project.
 
-The method. A Mamba turns its input x into y through a state h. Here every modality (text, audio,
-vision, ...) has such a chain, and the next state of each chain reads the states of *all* chains:
+The method. A Mamba turns its input x into y through a state h, a linear recurrence over time whose
+step size and maps (Delta, B, C) are computed from x at every step ("selective"). Here each modality
+(text, audio, vision, ...) has such a chain, and each chain reads the last states of *all* chains:
 
     h[m,t] = S[m,t] * sum_k w[k] h[k,t-1]  +  V[m,t]        y[m,t] = C[m,t] . h[m,t]  +  D[m] x[m,t]
 
@@ -19,14 +20,14 @@ vision, ...) has such a chain, and the next state of each chain reads the states
     D                   D        (m, e)             skip connection
     S = exp(Delta A)    S        (m, b, l, e, n)    discrete transition      Eq. 2, Alg. 1 line 13
     V = Delta B x       V        (m, b, l, e, n)    discrete input           Alg. 1 line 14
-    w                   w        (m,) or (m, b, l)  how much of each chain's state the others read
+    w                   w        (m,) or (m, b, l)  how much of each chain's state all chains read
     h                   h        (m, b, e, n)       the state of each chain
     H = sum_k w_k h_k   H        (b, e, n)          the coupled state: all that time carries along
     P, U                P, U     (b, l, e, n)       transition and input of H, see `collapse`
 
 Reading order: `discretize`, `recurrence` (the definition), `collapse` (the idea), `convolution` and
-`scan` (the same numbers, in parallel), `coupled_scan` (the door to the three), `Block` (Alg. 1),
-`CoupledMamba` (Fig. 1).
+`scan` (the same numbers in less time or memory), `coupled_scan` (calls one of the three, whose w is
+then (m, b, l)), `Block` (Alg. 1), `CoupledMamba` (Fig. 1).
 """
 import math
 from typing import NamedTuple
@@ -38,7 +39,7 @@ from torch import nn
 
 def discretize(x, delta, A, B):
     """S and V of Eq. 2, for one step (x and delta (m, b, e), B (m, b, n)) or for all at once."""
-    A = A[(slice(None),) + (None,) * (x.dim() - 2)]                  # (m, 1.., e, n)
+    A = A.reshape(len(A), *[1] * (x.dim() - 2), *A.shape[1:])        # (m, 1.., e, n)
     S = torch.exp(delta[..., None] * A)                              # Alg. 1, line 13
     V = (delta * x)[..., None] * B[..., None, :]                     # Alg. 1, line 14
     return S, V                           # NOTE: V is Mamba's Euler step, not the exact integral
@@ -58,7 +59,7 @@ def recurrence(x, delta, A, B, C, w, H0):
     H, ys = H0, []
     for x_t, delta_t, B_t, C_t, w_t in zip(*(v.unbind(2) for v in (x, delta, B, C)), weights):
         S, V = discretize(x_t, delta_t, A, B_t)                      # (m, b, e, n)
-        h = S * H + V                                                # Eq. 6, the coupled transition
+        h = S * H + V                     # Eq. 6, the coupled transition: H = sum_k w_k h_k[t-1]
         ys.append(torch.einsum("mben,mbn->mbe", h, C_t))
         H = torch.einsum(couple, w_t, h)                             # what the next step reads
     return torch.stack(ys, 2), H
@@ -135,7 +136,7 @@ def _time_invariant(x, delta, A, B, C, w, H0):
 # ----------------------------------------------------------------------------- mode "scan"
 def scan(x, delta, A, B, C, w, H0):
     """The form used for training: linear in l, and no (.., l, e, n) tensor ever exists."""
-    return _ChunkedScan.apply(x, delta, A, B, C, w.expand(*x.shape[:3]), H0)
+    return _ChunkedScan.apply(x, delta, A, B, C, w, H0)
 
 
 CHUNK = 16               # steps between two states kept for backward
@@ -167,9 +168,10 @@ def _walk(P, U, H, out, steps):
 
 
 def _states(delta, v, A, B, w, H, buffers):
-    """One chunk, Eq. 7. delta, v = delta x: (m, b, t, e); B (m, b, t, n); w (m, b, t); H (b, e, n).
+    """`collapse` and the recurrence of H for one chunk, without ever forming V.
 
-    Returns S (m, b, t, e, n), then P and the H read by each step (b, t, e, n), then the H after it.
+    delta and v = delta x (m, b, t, e), B (m, b, t, n), w (m, b, t), H (b, e, n) before the chunk.
+    Returns S (m, b, t, e, n), then P and the H that each step reads (b, t, e, n), then the last H.
     """
     (m, b, t, e), n = delta.shape, A.shape[-1]
     S = torch.mul(delta[..., None], (A * math.log2(math.e))[:, None, None],
@@ -184,18 +186,20 @@ def _states(delta, v, A, B, w, H, buffers):
     return S, P, before, H
 
 
+def _pieces(x, n):
+    """Slices of the batch, so that S of a chunk is about BLOCK elements, and the chunks of time."""
+    m, b, l, e = x.shape
+    rows = max(1, BLOCK // (CHUNK * m * e * n))
+    return ([slice(i, i + rows) for i in range(0, b, rows)],
+            [slice(i, i + CHUNK) for i in range(0, l, CHUNK)])
+
+
 class _ChunkedScan(torch.autograd.Function):
     """Walk time in chunks. Kept for backward: the inputs, and H where a chunk begins."""
 
     @staticmethod
-    def pieces(m, b, l, e, n):
-        rows = max(1, BLOCK // (CHUNK * m * e * n))
-        return ([slice(i, i + rows) for i in range(0, b, rows)],
-                [slice(i, i + CHUNK) for i in range(0, l, CHUNK)])
-
-    @staticmethod
     def forward(ctx, x, delta, A, B, C, w, H0):
-        n, (rows, chunks) = A.shape[-1], _ChunkedScan.pieces(*x.shape, A.shape[-1])
+        n, (rows, chunks) = A.shape[-1], _pieces(x, A.shape[-1])
         y, H_last, buffers = torch.empty_like(x), torch.empty_like(H0), _Buffers()
         keep = H0.new_empty(len(chunks) if any(ctx.needs_input_grad) else 0, *H0.shape)
         for r in rows:
@@ -206,7 +210,7 @@ class _ChunkedScan(torch.autograd.Function):
                 x_, delta_, B_, C_, w_ = (v[:, r, c] for v in (x, delta, B, C, w))
                 v = delta_ * x_
                 S, _, before, H = _states(delta_, v, A, B_, w_, H, buffers)
-                SH = S.mul_(before)                                  # C h = C (S H) + v <B, C>
+                SH = S.mul_(before)      # overwrites S.  C h = C (S H + v B) = C (S H) + v <B, C>
                 CSH = torch.bmm(C_.reshape(-1, 1, n), SH.flatten(0, 2).transpose(1, 2))
                 torch.add(CSH.view_as(v), v * (B_ * C_).sum(-1, True), out=y[:, r, c])
             H_last[r] = H
@@ -226,7 +230,7 @@ class _ChunkedScan(torch.autograd.Function):
             raise RuntimeError("mode 'scan' has no second derivative, which create_graph=True asks "
                                "for: use mode='recurrence'")
         x, delta, A, B, C, w, keep = ctx.saved_tensors
-        n, (rows, chunks) = A.shape[-1], _ChunkedScan.pieces(*x.shape, A.shape[-1])
+        n, (rows, chunks) = A.shape[-1], _pieces(x, A.shape[-1])
         dx, ddelta, dB, dC = (torch.empty_like(v) for v in (x, delta, B, C))
         dA, dH0, buffers = torch.zeros_like(A), torch.empty_like(dH_last), _Buffers()
         dw = torch.empty_like(dC[..., 0]) if ctx.needs_input_grad[5] else None
@@ -242,7 +246,7 @@ class _ChunkedScan(torch.autograd.Function):
                     Q.addcmul_(S[k], g[k])
                 after = buffers("G", v, b, t, e, n)
                 G = _walk(P, Q, G, after, range(t)[::-1])            # after[:, t] = G[t]
-                SH = S.mul_(before)
+                SH = S.mul_(before)                                  # overwrites S
                 BC, vdy = (B_ * C_).sum(-1, True), (v * dy_).sum(-1, True)
                 G_ = after.flatten(0, 1)                             # (b t, e, n)
                 GB = torch.bmm(_flat(B_), G_.transpose(1, 2)).view(b, t, m, e).permute(2, 0, 1, 3)
@@ -263,7 +267,7 @@ class _ChunkedScan(torch.autograd.Function):
         return dx, ddelta, dA, dB, dC, dw, dH0
 
 
-# ----------------------------------------------------------------------------- the door
+# ----------------------------------------------------------------------------- the entry point
 MODES = {"recurrence": recurrence, "convolution": convolution, "scan": scan, "auto": scan}
 
 
@@ -294,10 +298,11 @@ def coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None, mode="auto"):
     matrix = mode == "recurrence" and w.dim() == 2
     if H0 is None:
         H0 = x.new_zeros((m,) * matrix + (b, e, n))
-    if mode != "convolution" or {delta.dim(), B.dim(), C.dim()} != {3} or w.dim() != 1:
+    constant = delta.dim() == B.dim() == C.dim() == 3 and w.dim() == 1
+    if not (constant and mode == "convolution"):
         delta, B, C = (v if v.dim() == 4 else v[:, :, None].expand(-1, -1, l, -1)
                        for v in (delta, B, C))
-        w = w if w.dim() != 1 else w[:, None, None].expand(m, b, l)
+        w = w[:, None, None].expand(m, b, l) if w.dim() == 1 else w
     with torch.autocast(x.device.type, enabled=False):
         y, H_last = MODES[mode](x, delta, A, B, C, w, H0)
         if D is not None:
@@ -326,7 +331,7 @@ def _check(x, delta, A, B, C, D, w, H0, mode):
         if v is None and name in ("D", "w", "H0"):
             continue
         if tuple(v.shape) not in expected[name]:
-            hint = "; w of shape (m, m) needs mode='recurrence'" if name == "w" else ""
+            hint = ", or (m, m) in mode='recurrence'" * (name == "w" and mode != "recurrence")
             raise ValueError(f"{name} has shape {tuple(v.shape)}, expected "
                              f"{' or '.join(map(str, expected[name]))}{hint}")
         if not v.is_floating_point() or v.device != x.device:
@@ -349,15 +354,15 @@ class State(NamedTuple):
 
 
 def _select(x, mask):
-    """Zero the absent steps by selection: inf * 0 would be NaN. x (m, b, l, c), mask (m, b, l)."""
+    """Zero the absent steps by selection: inf * 0 would be NaN. x (.., l, c), mask (.., l)."""
     return x if mask is None else torch.where(mask[..., None], x, 0)
 
 
 class StackedLinear(nn.Module):
     """One linear map per modality, stored together so that one batched matmul serves all.
 
-    NOTE: unit-variance init, not PyTorch's third of it. The state reaches y through a product of
-    four such maps (x, x, B, C); smaller, the coupling starts as 1e-4 of the skip connection D x.
+    NOTE: initialised to keep unit variance, where nn.Linear keeps a third. What y gets from the
+    state is cubic in x, through B and C: with a third it starts at 0.002 of the skip D x, so at 0.1.
     """
 
     def __init__(self, m, d_in, d_out):
@@ -403,7 +408,7 @@ class Block(nn.Module):
         w = torch.where(mask, w[:, None, None], 0)
         if sums_to_one:
             w = w / torch.where(someone, w.sum(0), 1)
-        return torch.where(someone, w, 1 / m)    # nobody there: every S is 1, P = 1 and H is held
+        return torch.where(someone, w, 1 / m)    # nobody there: S = 1, so a sum of 1 holds H
 
     def conv(self, u, tail):
         """Causal depthwise convolution: u (m, b, l, e), preceded by its last d_conv - 1 inputs."""
@@ -422,9 +427,10 @@ class Block(nn.Module):
 
     def forward(self, f, mask=None, state=None, mode=None):
         """f (m, b, l, d), mask (m, b, l) or None -> features (m, b, l, d), BlockState."""
-        state, (rank, n) = state or self.init_state(f.shape[1]), self.sizes
+        state = state or self.init_state(f.shape[1])
+        rank, n = self.dt_proj.weight.shape[1], self.A_log.shape[2]
         normed = F.layer_norm(f, f.shape[-1:]) * self.norm_weight[:, None, None]
-        u, z = self.in_proj(normed + self.norm_bias[:, None, None]).chunk(2, -1)    # (m, b, l, e)
+        u, gate = self.in_proj(normed + self.norm_bias[:, None, None]).chunk(2, -1)  # (m, b, l, e)
         x, tail = self.conv(_select(u, mask), state.conv)
         x = F.silu(x)                                                    # (m, b, l, e)
         low, B, C = self.x_proj(x).split([rank, n, n], -1)               # (m, b, l, rank | n | n)
@@ -432,12 +438,8 @@ class Block(nn.Module):
         delta = _select(delta, mask)            # after softplus: an absent step has S = 1 and V = 0
         A = -torch.exp(self.A_log.to(_state_dtype(self.A_log)))          # (m, e, n)
         y, H = self.ssm(x, delta, A, B, C, self.weights(mask), state.H, mode or self.mode)
-        y = _select(y, mask) * F.silu(z)                                 # (m, b, l, e)
+        y = _select(y, mask) * F.silu(gate)                                 # (m, b, l, e)
         return f + self.dropout(self.out_proj(y)), BlockState(tail, H)
-
-    @property
-    def sizes(self):
-        return self.dt_proj.weight.shape[1], self.A_log.shape[-1]        # dt_rank, n
 
     def init_state(self, b):
         (m, e, n), k = self.A_log.shape, self.conv_weight.shape[-1]
@@ -457,12 +459,13 @@ class CoupledMamba(nn.Module):
         d_output: width of the prediction.
         d_model, n_layers, d_state, expand, d_conv: the paper's settings by default.
         dt_rank: rank of the map to delta; None is d_state // 8, the paper's choice.
-        coupling: what a chain reads of the others. "mean": w = 1/m. "learned": w = softmax of
+        coupling: what a chain reads of all states. "mean": w = 1/m. "learned": w = softmax of
             logits that start at zero. "sum": w = 1, Eq. 6 to the letter; P is then near m at the
-            start, H grows like m^l and leaves float32 within about a hundred steps (README,
-            Deviations). "none": M independent Mambas.
-        mix: the "Cat" maps between layers.
+            start and H grows like m^l: with 3 modalities and 3 blocks in float32, output and
+            gradients are not finite from l = 50 on. "none": M independent Mambas.
+        mix: between layers, each modality adds a map of the others ("Cat" in Fig. 1).
         pooling: "max", "mean" or "last" (the last real step) over time.
+        dropout: on the output of each block and in the head.
         mode: how the scan is computed, see `coupled_scan`.
     """
 
@@ -475,7 +478,7 @@ class CoupledMamba(nn.Module):
                                      ("mode", mode, MODES)):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
-        m, dt_rank = len(d_inputs), dt_rank or max(1, d_state // 8)
+        m, dt_rank = len(d_inputs), max(1, d_state // 8) if dt_rank is None else dt_rank
         if min([m, *d_inputs, d_output, d_model, n_layers, d_state, expand, d_conv, dt_rank]) < 1:
             raise ValueError("every size must be at least 1, and there must be one stream or more")
         self.pooling = pooling
@@ -491,7 +494,7 @@ class CoupledMamba(nn.Module):
     def forward(self, xs, mask=None):
         """xs: m tensors (b, l, d_inputs[i]). mask (m, b, l), True where there is a frame, or None.
 
-        An absent step is never read, whatever it holds. Returns (b, d_output).
+        What an absent step holds is never read: it counts as zero. Returns (b, d_output).
         """
         return self._advance(xs, mask, self.init_state(len(xs[0])))[0]
 
@@ -517,7 +520,7 @@ class CoupledMamba(nn.Module):
                      self.modality_logits.new_zeros(m, batch_size))
 
     def param_groups(self, weight_decay):
-        """For the optimiser: only the matrices decay; A_log, D, biases, norms and logits do not."""
+        """For the optimiser: weights of maps decay; A_log, D, biases, norms and logits do not."""
         groups = {True: [], False: []}
         for name, p in self.named_parameters():
             groups[name.endswith("weight") and "norm" not in name].append(p)
@@ -526,8 +529,9 @@ class CoupledMamba(nn.Module):
 
     def _features(self, xs, mask, state, mode=None):
         self._check(xs, mask)
-        f = torch.stack([encoder(x if mask is None else torch.where(mask[i, ..., None], x, 0))
-                         for i, (encoder, x) in enumerate(zip(self.encoders, xs))])
+        masks = [None] * len(xs) if mask is None else mask
+        f = torch.stack([encoder(_select(x, here))                       # keeps NaN out of dW, too
+                         for encoder, x, here in zip(self.encoders, xs, masks)])
         f, m, blocks = _select(f, mask), len(xs), []                     # (m, b, l, d)
         for i, block in enumerate(self.blocks):
             f, block_state = block(f, mask, state.blocks[i], mode)
@@ -539,7 +543,7 @@ class CoupledMamba(nn.Module):
         return f, blocks
 
     def _advance(self, xs, mask, state, mode=None):
-        """Everything but the door: features, then pooling joined to what the state has seen."""
+        """Features, then pooling joined to what the state has seen, then the head."""
         f, blocks = self._features(xs, mask, state, mode)
         if mask is None:
             mask = f.new_ones(f.shape[:3], dtype=torch.bool)
@@ -547,7 +551,7 @@ class CoupledMamba(nn.Module):
         if self.pooling == "max":
             pooled = torch.maximum(state.pooled, torch.where(real, f, -math.inf).amax(2))
         elif self.pooling == "mean":
-            pooled = state.pooled + torch.where(real, f, 0).sum(2)
+            pooled = state.pooled + f.sum(2)                             # absent steps are zero
         else:
             last = (mask * torch.arange(mask.shape[2], device=mask.device)).argmax(2)      # (m, b)
             pooled = torch.take_along_dim(f, last[..., None, None], 2)[:, :, 0]

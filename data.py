@@ -288,7 +288,7 @@ def synthetic(name, length=None, clips=None, seed=0, events=3):
 
     Each clip has `events`. In each, audio shows a sign for a while, and a few frames later text
     shows one; the label is the mean product of the pairs. Either sign alone is a fair coin, and no
-    sum of them over time or modalities tells more. Vision marks where text speaks; the rest is noise.
+    sum of them over time or modalities tells more. Vision marks where text speaks. The rest: noise.
     """
     spec, rng, splits, length = SPECS[name], np.random.default_rng(seed), {}, length or 50
     patterns = [rng.standard_normal(width) for width in spec.widths]

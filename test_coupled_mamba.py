@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,9 +31,9 @@ torch.set_num_threads(2)
 
 HERE = Path(__file__).parent
 NAMES = ("x", "delta", "A", "B", "C", "D", "w", "H0")
-# Largest error / largest value. float64: rounding over 300 steps. float32: 2^-24 times the ~100 terms
-# that a decay of 0.99 sums, more for gradients, which sum over time again. 16 bit: y is rounded to 8
-# or 11 bits at the end, and so are the inputs before; the state is float32 in between.
+# Largest error / largest value. float64: rounding over 300 steps. float32: 2^-24 times the ~100
+# terms that a decay of 0.99 sums, more for gradients, which sum over time again. 16 bit: y and the
+# gradients are rounded to 8 or 11 bits at the end; the state in between is float32.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -81,14 +81,15 @@ def reference(x, delta, A, B, C, D, w, H0):
 
 
 def run(p, mode, last=False, seed=0):
-    """y, H_last and the gradient of every argument under random cotangents (of the last step only)."""
+    """y, H_last and every gradient under random cotangents; `last`: of y at the last step only."""
     p = {k: v.clone().requires_grad_() for k, v in p.items()}
     y, H = coupled_scan(**p, mode=mode)
     g = torch.Generator().manual_seed(seed)
     cotangents = [torch.randn(v.shape, generator=g).bfloat16().to(v.dtype) for v in (y, H)]
     if last:
         cotangents[0][:, :, :-1] = 0
-    return dict(zip(("y", "H", *p), (y, H, *torch.autograd.grad((y, H), list(p.values()), cotangents))))
+    gradients = torch.autograd.grad((y, H), list(p.values()), cotangents)
+    return dict(zip(("y", "H", *p), (y, H, *gradients)))
 
 
 def assert_close(got, expected, tolerance, name=""):
@@ -117,7 +118,7 @@ def test_recurrence_is_equation_6(p):
 def test_constant_parameters_give_the_geometric_series():
     p = problem(**sizes(l=200))
     for k in ("x", "delta", "B", "C", "w"):
-        p[k] = p[k][:, :, :1].expand(-1, -1, 200, -1) if p[k].dim() == 4 else p[k][:, :, :1].expand(-1, -1, 200)
+        p[k] = p[k][:, :, :1].expand_as(p[k])
     S, V = coupled_mamba.discretize(p["x"][:, :, 0], p["delta"][:, :, 0], p["A"], p["B"][:, :, 0])
     P, U = coupled_mamba.collapse(S, V, p["w"][:, :, 0])
     for mode in ("recurrence", "convolution", "scan"):
@@ -272,8 +273,8 @@ def test_under_the_mean_the_state_is_bounded(p):
 
 
 BAD = [({"mode": "fft"}, "mode is 'fft', expected one of recurrence"),
-       ({"delta": torch.ones(3, 2, 5, 4)}, r"delta has shape \(3, 2, 5, 4\), expected \(3, 2, 40, 4\)"),
-       ({"w": torch.eye(3)}, "needs mode='recurrence'"), ({"w": torch.ones(2)}, "w has shape"),
+       ({"delta": torch.ones(3, 2, 5, 4)}, r"delta has shape .3, 2, 5, 4., expected .3, 2, 40, 4."),
+       ({"w": torch.eye(3)}, "in mode='recurrence'"), ({"w": torch.ones(2)}, "w has shape"),
        ({"H0": torch.ones(3, 2, 4, 3)}, "H0 has shape"), ({"D": torch.ones(4)}, "D has shape"),
        ({"x": torch.ones(3, 2, 40, 4, dtype=torch.int64)}, "x is torch.int64"),
        ({"x": torch.ones(3, 2, 0, 4)}, "no axis of length 0"), ({"A": torch.ones(3, 4)}, "A "),
@@ -290,19 +291,20 @@ def test_wrong_arguments_are_named(wrong, message):
 def model_and_input(seed=0, m=3, b=2, l=CHUNK + 4, **options):
     torch.manual_seed(seed)
     widths = (5, 3, 4, 2)[:m]
-    model = CoupledMamba(widths, 2, **{**dict(d_model=8, n_layers=2, d_state=8), **options}).double()
+    model = CoupledMamba(widths, 2, d_model=8, n_layers=2, d_state=8, **options).double()
     for p in model.parameters():                 # so that no bias, logit or skip is still neutral
         p.data += 0.1 * torch.randn_like(p)
     return model, [torch.randn(b, l, width, dtype=torch.float64) for width in widths]
 
 
 options = st.fixed_dictionaries(dict(
-    coupling=st.sampled_from(["mean", "learned", "sum", "none"]), mix=st.booleans(), m=st.integers(1, 4),
-    pooling=st.sampled_from(["max", "mean", "last"]), seed=st.integers(0, 999)))
+    coupling=st.sampled_from(["mean", "learned", "sum", "none"]), mix=st.booleans(),
+    m=st.integers(1, 4), pooling=st.sampled_from(["max", "mean", "last"]), seed=st.integers(0, 999)))
 
 
 def draw_mask(xs, seed, rate=0.6):
-    mask = torch.rand(len(xs), *xs[0].shape[:2], generator=torch.Generator().manual_seed(seed)) < rate
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(len(xs), *xs[0].shape[:2], generator=g) < rate
     mask[0, :, 0] = True                         # somebody was there
     return mask
 
@@ -346,11 +348,11 @@ def test_one_modality_or_no_coupling_is_a_plain_mamba(o):
 @given(options, st.booleans())
 def test_streaming_equals_forward_after_every_step(o, masked):
     model, xs = model_and_input(**o)
-    mask = draw_mask(xs, o["seed"]) if masked else None
+    mask = draw_mask(xs, o["seed"], 0.6 if masked else 1.1)
     state = model.init_state(2)
     for t in range(xs[0].shape[1]):
-        out, state = model.step([x[:, t] for x in xs], state, None if mask is None else mask[:, :, t])
-        whole = model([x[:, :t + 1] for x in xs], None if mask is None else mask[:, :, :t + 1])
+        out, state = model.step([x[:, t] for x in xs], state, mask[:, :, t] if masked else None)
+        whole = model([x[:, :t + 1] for x in xs], mask[:, :, :t + 1])
         assert_close(out, whole, 1e-9)
     out.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.encoders.parameters())
@@ -383,7 +385,8 @@ def test_padding_at_either_end_changes_neither_outputs_nor_the_state(o, l, front
     mask[:, :, front:front + l] = True
     assert_close(model(padded, mask), model(xs), 1e-9)
     assert_close(model.encode(padded, mask)[:, :, front:front + l], model.encode(xs), 1e-9)
-    states = [model._features(x, k, model.init_state(2))[1] for x, k in ((padded, mask), (xs, None))]
+    states = [model._features(*given, model.init_state(2))[1] for given in
+              ((padded, mask), (xs, None))]
     for got, expected in zip(*states):
         assert_close(got.H, expected.H, 1e-9)
 
@@ -416,11 +419,11 @@ def test_4096_steps_from_the_initialisation_stay_finite_in_float32(coupling):
     assert out.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_the_sum_of_the_paper_leaves_float32_at_about_eighty_steps():
+def test_the_sum_of_the_paper_leaves_float32_between_80_and_110_steps():
     torch.manual_seed(0)
     block = CoupledMamba((4, 4, 4), n_layers=1, coupling="sum").blocks[0]
     largest = {l: block(torch.randn(3, 1, l, 128))[1].H.abs().max().item() for l in (50, 80, 110)}
-    assert 1e15 < largest[50] < 1e30 and not np.isfinite(largest[110])
+    assert 1e15 < largest[50] < largest[80] < np.inf and not np.isfinite(largest[110])
 
 
 def test_every_parameter_starts_where_the_paper_says():
@@ -492,7 +495,7 @@ def test_the_file_works_alone_without_numpy_and_triton(tmp_path):
 
 # ----------------------------------------------------------------------------- data
 def mmsa(seed=0, clips=(7, 4, 5), lengths=True, bert=True):
-    """A file like MMSA's: front-padded text, tail-padded audio and vision, -inf and NaN in frames."""
+    """A file like MMSA's: text padded in front, audio and vision at the end, -inf and NaN inside."""
     rng, content = np.random.default_rng(seed), {"config": {"not": "a split"}, "train_mix": {}}
     frames, widths = (6, 40, 25), (8, 3, 5)
     for s, count in zip(data.SPLITS, clips):
@@ -534,7 +537,7 @@ def resampled(x, real, length):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("said", [True, False])
-def test_an_mmsa_file_is_cut_resampled_and_standardised_by_its_training_split(protocol, said, tmp_path):
+def test_an_mmsa_file_is_cut_resampled_and_standardised_by_train(protocol, said, tmp_path):
     content = mmsa(lengths=said, bert=said)
     loaded = data.load("mosi", write(tmp_path / "a.pkl", content, protocol))
     assert list(loaded.splits) == list(data.SPLITS) and not loaded.synthetic
@@ -581,7 +584,8 @@ def damaged():
         "numpy.load": (pickle.dumps(Calls(np.load, "hacked.npy", None, True)), "numpy"),
         "truncated": (whole[:len(whole) // 2], "not a complete MMSA pickle"),
         "empty": (b"", "empty"), "text": (b"hello, world", "not a complete MMSA pickle"),
-        "no dict": (pickle.dumps([1, 2]), "expected a dict"), "no split": (pickle.dumps(lost), "valid"),
+        "no dict": (pickle.dumps([1, 2]), "expected a dict"),
+        "no split": (pickle.dumps(lost), "valid"),
         "no key": (pickle.dumps({s: {} for s in data.SPLITS}), "has no 'text'"),
         "unequal": (changed(("test", "audio"), np.ones((4, 40, 3))), "4 clips"),
         "labels": (changed(("train", "regression_labels"), [float("nan")] * 7), "NaN"),
@@ -621,7 +625,8 @@ import sys, resource, data
 if len(sys.argv) > 2:
     kept = sum(x.nbytes for s in data.load("mosei", sys.argv[1], 50).splits.values() for x in s.xs)
     print(kept)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+unit = 1 if sys.platform == "darwin" else 1024
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 """
 
 
@@ -634,8 +639,8 @@ def test_reading_takes_less_than_three_times_what_is_kept(tmp_path):
     del content
 
     def measure(*more):
-        done = subprocess.run([sys.executable, "-c", MEMORY, str(path), *more], cwd=HERE, check=True,
-                              capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", MEMORY, str(path), *more], cwd=HERE,
+                              check=True, capture_output=True, text=True)
         return list(map(int, done.stdout.split()))
 
     kept, peak = measure("load")
@@ -661,7 +666,8 @@ def test_metrics_are_those_of_mmsa_worked_out_by_hand():
     pred = np.array([-2., 0.3, 0.2, -0.1, 0.6, 1.4, 4, -0.2])
     got = train.regression_metrics(pred, true, 3)
     # without zeros: true - - + + + +, predicted - + + + + -: F1 of "-" 2/4, of "+" 6/8
-    assert got["Acc-2"] == pytest.approx(4 / 6) and got["F1"] == pytest.approx((2 * 0.5 + 4 * 0.75) / 6)
+    assert got["Acc-2"] == pytest.approx(4 / 6)
+    assert got["F1"] == pytest.approx((2 * 0.5 + 4 * 0.75) / 6)
     # with zeros, >= 0: true - - + + + + + +, predicted - + + - + + + -: F1 2/5 and 8/11
     assert got["Acc-2 with 0"] == pytest.approx(5 / 8)
     assert got["F1 with 0"] == pytest.approx((2 * 0.4 + 6 * 8 / 11) / 8)
@@ -692,17 +698,20 @@ TINY = ["--d-model", "8", "--layers", "1", "--d-state", "4", "--batch-size", "4"
 def test_a_run_leaves_its_files_whole_and_chooses_the_epoch_on_valid(tmp_path, capsys):
     content, results = mmsa(clips=(12, 6, 6)), []
     for poison in (0, 100):                      # the labels of test must not steer anything
-        content["test"]["regression_labels"] = [v + poison for v in content["test"]["regression_labels"]]
+        labels = content["test"]["regression_labels"]
+        content["test"]["regression_labels"] = [v + poison for v in labels]
         out = tmp_path / f"out{poison}"
-        assert train.main(["--dataset", "mosi", "--data", str(write(tmp_path / "a.pkl", content)), "--out",
-                           str(out), "--epochs", "6", "--seeds", "2", "--lr", "0.05", *TINY]) == 0
+        path = write(tmp_path / "a.pkl", content)
+        assert train.main(["--dataset", "mosi", "--data", str(path), "--out", str(out), "--epochs",
+                           "6", "--seeds", "2", "--lr", "0.05", *TINY]) == 0
         assert sorted(os.listdir(out)) == ["results.json"] + [f"seed{k}.{e}" for k in (0, 1)
                                                               for e in ("jsonl", "npz", "pt")]
         results.append(json.loads((out / "results.json").read_text()))
     assert "synthetic" not in capsys.readouterr().out and results[0]["synthetic"] is False
     for a, b in zip(results[0]["seeds"], results[1]["seeds"]):
         assert a["valid"] == b["valid"] and a["epoch"] == b["epoch"] and a["test"] != b["test"]
-        log = [json.loads(line) for line in (out / f"seed{a['seed']}.jsonl").read_text().splitlines()]
+        log = (out / f"seed{a['seed']}.jsonl").read_text().splitlines()
+        log = [json.loads(line) for line in log]
         assert len(log) == 6
         assert min(log, key=lambda row: row["valid"]["MAE"])["epoch"] == a["epoch"]
     saved = torch.load(out / "seed0.pt", weights_only=True)

@@ -22,7 +22,7 @@ from coupled_mamba import MODES, CoupledMamba
 PAPER = dict(d_model=128, layers=3, d_state=64, dt_rank=None, expand=2, d_conv=4, dropout=0.0,
              epochs=150, lr=5e-4, weight_decay=5e-4, seeds=5)
 BATCH = {"mosi": 128, "mosei": 1024, "sims": 128, "simsv2": 256}     # mosi: ours, not the paper's
-# On the stand-in, what is not given shrinks to this, for about 3 minutes on 2 CPU cores.
+# On the stand-in, what is not given shrinks to this: about a minute on 2 CPU cores.
 SMALL = dict(d_model=32, layers=2, d_state=16, epochs=15, lr=3e-3, seeds=1, batch_size=32)
 SMALL_CLIPS = (1368, 456, 457)
 
@@ -64,7 +64,7 @@ def regression_metrics(pred, true, scale):
 
 # ----------------------------------------------------------------------------- files
 def write_whole(path, write):
-    """`write(file)` beside `path`, then rename: a reader sees the old file or the new one, whole."""
+    """`write(file)` beside `path`, then rename: a reader sees the old file or the new, whole."""
     beside = path.with_name(path.name + ".part")
     try:
         with open(beside, "wb") as file:
@@ -197,7 +197,8 @@ def run(config, dataset, out, say):
         shapes = "  ".join("x".join(map(str, x.shape[1:])) for x in split.xs)
         say(f"{s}: {len(split.y)} clips of {shapes}, {100 * split.mask.mean():.1f} % of steps real")
     size = sum(p.numel() for p in model.parameters())
-    say(f"{size:,} parameters, device {environment['device']}, mode {config['mode']}, results in {out}")
+    say(f"{size:,} parameters, device {environment['device']}, mode {config['mode']}, "
+        f"results in {out}")
     report = {"dataset": dataset.name, "synthetic": dataset.synthetic, "task": config["task"],
               "config": config, "environment": environment, "seeds": []}
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
@@ -214,7 +215,7 @@ def run(config, dataset, out, say):
 def parse(argv):
     p = argparse.ArgumentParser(
         description="Train and evaluate Coupled Mamba. Defaults are the paper's; on the synthetic "
-                    "stand-in, what you do not give shrinks to a run of about 3 minutes.")
+                    "stand-in, what you do not give shrinks to a run of about a minute.")
 
     def option(name, kind, default, text, says=None, **more):
         p.add_argument(name, type=kind, default=default, **more,
