@@ -229,6 +229,11 @@ class _ChunkedScan(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("mode 'scan' has no second derivative, which create_graph=True asks "
                                "for: use mode='recurrence'")
+        with torch.autocast(dy.device.type, enabled=False):
+            return _ChunkedScan.adjoint(ctx, dy, dH_last)
+
+    @staticmethod
+    def adjoint(ctx, dy, dH_last):
         x, delta, A, B, C, w, keep = ctx.saved_tensors
         n, (rows, chunks) = A.shape[-1], _pieces(x, A.shape[-1])
         dx, ddelta, dB, dC = (torch.empty_like(v) for v in (x, delta, B, C))
@@ -340,6 +345,9 @@ def _check(x, delta, A, B, C, D, w, H0, mode):
 
 
 # ----------------------------------------------------------------------------- the model
+ABSENT = -1e9                # a logit that softmax turns into 0, or into 1/m where all are absent
+
+
 class BlockState(NamedTuple):
     """What a block remembers between two pieces of a sequence."""
     conv: torch.Tensor       # (m, b, d_conv - 1, e)  the last inputs of the convolution
@@ -362,7 +370,7 @@ class StackedLinear(nn.Module):
     """One linear map per modality, stored together so that one batched matmul serves all.
 
     NOTE: initialised to keep unit variance, where nn.Linear keeps a third. What y gets from the
-    state is cubic in x, through B and C: with a third it starts at 0.002 of the skip D x, so at 0.1.
+    state is cubic in x, through B and C: a third starts it at 0.002 of the skip D x; so, at 0.1.
     """
 
     def __init__(self, m, d_in, d_out):
@@ -397,18 +405,15 @@ class Block(nn.Module):
 
     def weights(self, mask):
         """w (m,); with a mask (m, b, l), renormalised over the modalities present at each step."""
-        m, sums_to_one = len(self.D), self.coupling != "sum"
-        if self.coupling == "learned":
-            w = torch.softmax(self.coupling_logits, 0)
-        else:
-            w = self.D.new_full((m,), 1 / m if sums_to_one else 1)
-        if mask is None:
-            return w
-        someone = mask.any(0)
-        w = torch.where(mask, w[:, None, None], 0)
-        if sums_to_one:
-            w = w / torch.where(someone, w.sum(0), 1)
-        return torch.where(someone, w, 1 / m)    # nobody there: S = 1, so a sum of 1 holds H
+        m, dtype = len(self.D), _state_dtype(self.D)
+        if self.coupling == "sum":
+            w = self.D.new_ones(m, dtype=dtype)
+            return w if mask is None else torch.where(mask.any(0), mask.to(dtype), 1 / m)
+        logits = self.coupling_logits.to(dtype) if self.coupling == "learned" else \
+            self.D.new_zeros(m, dtype=dtype)
+        if mask is not None:             # nobody there: all 1/m and S = 1, so that H is held
+            logits = torch.where(mask, logits[:, None, None], ABSENT)
+        return torch.softmax(logits, 0)
 
     def conv(self, u, tail):
         """Causal depthwise convolution: u (m, b, l, e), preceded by its last d_conv - 1 inputs."""
@@ -496,10 +501,12 @@ class CoupledMamba(nn.Module):
 
         What an absent step holds is never read: it counts as zero. Returns (b, d_output).
         """
+        self._check(xs, mask)
         return self._advance(xs, mask, self.init_state(len(xs[0])))[0]
 
     def encode(self, xs, mask=None):
         """The features before pooling, (m, b, l, d), zero on absent steps."""
+        self._check(xs, mask)
         return self._features(xs, mask, self.init_state(len(xs[0])))[0]
 
     def step(self, xs_t, state, mask=None):
@@ -508,16 +515,17 @@ class CoupledMamba(nn.Module):
         After t steps out (b, d_output) equals `model` on those t steps. Memory stays constant; the
         graph grows with every step unless you work under `torch.no_grad` or detach the state.
         """
-        mask = None if mask is None else mask[..., None]
-        return self._advance([x[:, None] for x in xs_t], mask, state, mode="recurrence")
+        xs, mask = [x[:, None] for x in xs_t], None if mask is None else mask[..., None]
+        self._check(xs, mask)
+        return self._advance(xs, mask, state, mode="recurrence")
 
     def init_state(self, batch_size):
         """The `State` before the first step."""
         m, d = len(self.encoders), self.encoders[0].out_features
-        fill = -math.inf if self.pooling == "max" else 0
+        like, fill = self.modality_logits, -math.inf if self.pooling == "max" else 0
         return State([block.init_state(batch_size) for block in self.blocks],
-                     self.modality_logits.new_full((m, batch_size, d), fill),
-                     self.modality_logits.new_zeros(m, batch_size))
+                     like.new_full((m, batch_size, d), fill, dtype=_state_dtype(like)),
+                     like.new_zeros(m, batch_size, dtype=torch.long))
 
     def param_groups(self, weight_decay):
         """For the optimiser: weights of maps decay; A_log, D, biases, norms and logits do not."""
@@ -528,7 +536,6 @@ class CoupledMamba(nn.Module):
                 {"params": groups[False], "weight_decay": 0.0}]
 
     def _features(self, xs, mask, state, mode=None):
-        self._check(xs, mask)
         masks = [None] * len(xs) if mask is None else mask
         f = torch.stack([encoder(_select(x, here))                       # keeps NaN out of dW, too
                          for encoder, x, here in zip(self.encoders, xs, masks)])
@@ -551,7 +558,7 @@ class CoupledMamba(nn.Module):
         if self.pooling == "max":
             pooled = torch.maximum(state.pooled, torch.where(real, f, -math.inf).amax(2))
         elif self.pooling == "mean":
-            pooled = state.pooled + f.sum(2)                             # absent steps are zero
+            pooled = state.pooled + f.sum(2, dtype=state.pooled.dtype)   # absent steps are zero
         else:
             last = (mask * torch.arange(mask.shape[2], device=mask.device)).argmax(2)      # (m, b)
             pooled = torch.take_along_dim(f, last[..., None, None], 2)[:, :, 0]
@@ -560,14 +567,13 @@ class CoupledMamba(nn.Module):
         seen = (count > 0)[..., None]                                    # (m, b, 1)
         if self.pooling == "mean":
             pooled = pooled / count.clamp(min=1)[..., None]
-        weight = torch.where(seen, self.modality_logits.softmax(0)[:, None, None], 0)
-        weight = weight / torch.where(seen.any(0), weight.sum(0), 1)     # over the modalities seen
-        return self.head((weight * torch.where(seen, pooled, 0)).sum(0)), state
+        weight = torch.where(seen, self.modality_logits[:, None, None], ABSENT).softmax(0)
+        return self.head((weight * torch.where(seen, pooled, 0)).sum(0).to(f.dtype)), state
 
     def _check(self, xs, mask):
         widths = tuple(encoder.in_features for encoder in self.encoders)
         got = [tuple(x.shape) for x in xs]
-        b_l = got[0][:2]
+        b_l = got[0][:2] if got else ()
         if got != [(*b_l, width) for width in widths]:
             raise ValueError(f"xs has shapes {got}, expected (b, l, width) for each of the widths "
                              f"{widths}, with one b and one l: resample to a common length")

@@ -15,6 +15,7 @@ arrays, scalars and plain containers, and does not look up any other name.
 """
 import mmap
 import pickle
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,17 +65,13 @@ def load(name, path, length=None):
     with open(path, "rb") as file:
         try:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            content = _Reader(mapped).load()
+            return Dataset(name, False, _splits(_Reader(mapped).load(), length, mapped))
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
         except Exception as error:      # damage can surface as nearly any exception
             reason = str(error).split("\n")[0] or type(error).__name__
             raise DataError(f"{path} is not a complete MMSA pickle ({reason}): "
                             "fetch it again and compare its SHA-256") from None
-    try:
-        return Dataset(name, False, _splits(content, length, mapped))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
 
 
 def default_path(name):
@@ -107,6 +104,19 @@ def _reconstruct(subtype, shape, code):
     return _Array()
 
 
+class _DType:
+    """Stands in for numpy.dtype, whose own __setstate__ would let a file forge pointers."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch(r"[<>|=]?([?bBhHiIlLqQefdg]|[biufcSUOmM][0-9]{1,9})", code):
+            raise DataError(f"holds an array of type {code[:40]}, expected plain numbers or text")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):                           # all that is used is the byte order
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
 class _Array:
     """Stands in for ndarray while a pickle is read: its state becomes a view, nothing is copied."""
 
@@ -116,8 +126,9 @@ class _Array:
 
 
 def _from_buffer(raw, dtype, shape, order="C"):
+    dtype = dtype.dtype
     if dtype.hasobject:
-        return np.array(raw, dtype=object).reshape(shape, order=order)
+        return np.fromiter(raw, object, len(raw)).reshape(shape, order=order)
     raw = raw.encode("latin1") if isinstance(raw, str) else raw          # pickled by Python 2
     return np.frombuffer(raw, dtype).reshape(shape, order=order)
 
@@ -130,6 +141,16 @@ def _encode(text, encoding):
     return text.encode("latin1")         # how protocol 2 writes bytes, whatever codec it asks for
 
 
+def _plain(load, part, kinds):
+    """The opcode `load`, refused unless that part of the stack is of these kinds."""
+    def checked(reader):
+        if not all(isinstance(v, kinds) for v in reader.stack[part]):
+            raise DataError("nests objects as no dataset does: the file may be hostile, nothing in "
+                            "it was run; fetch it from its publisher")
+        load(reader)
+    return checked
+
+
 class _Reader(pickle._Unpickler):
     """The pure-Python unpickler over a memory map: big arrays stay on disk until they are used."""
 
@@ -138,9 +159,16 @@ class _Reader(pickle._Unpickler):
         NAMES |= {(_core + ".multiarray", "_reconstruct"): _reconstruct,
                   (_core + ".multiarray", "scalar"): _scalar,
                   (_core + ".numeric", "_frombuffer"): _from_buffer}
-    NAMES |= {("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): np.dtype}
-    dispatch = pickle._Unpickler.dispatch | {
-        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}          # a view serves as well
+    NAMES |= {("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): _DType}
+    _was, _key = pickle._Unpickler.dispatch, (str, bytes, int, float)
+    dispatch = _was | {
+        pickle.BYTEARRAY8[0]: _was[pickle.BINBYTES8[0]],                 # a view serves as well
+        pickle.BUILD[0]: _plain(_was[pickle.BUILD[0]], slice(-2, -1), (_Array, _DType)),
+        pickle.SETITEM[0]: _plain(_was[pickle.SETITEM[0]], slice(-2, -1), _key),
+        pickle.SETITEMS[0]: _plain(_was[pickle.SETITEMS[0]], slice(0, None, 2), _key),
+        pickle.DICT[0]: _plain(_was[pickle.DICT[0]], slice(0, None, 2), _key)}
+    for _set in (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET):   # would hash deep tuples
+        del dispatch[_set[0]]
 
     def __init__(self, mapped):
         self.mapped, self.position = memoryview(mapped), 0
@@ -169,14 +197,15 @@ class _Reader(pickle._Unpickler):
 
 
 def _array(value, name):
-    """A numeric array out of what stood in the pickle: an array, or a list of numbers."""
+    """A numeric array out of what stood in the pickle: an array, or a flat list of numbers."""
     value = value.array if isinstance(value, _Array) else value
-    try:
-        value = np.asarray(value)
-        if value.dtype.hasobject:
-            value = np.array(value.tolist(), dtype=np.float64)
-    except (ValueError, TypeError):
-        raise DataError(f"{name} is ragged or not numeric, expected an array of numbers") from None
+    if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype.hasobject):
+        flat = value if isinstance(value, list) else list(value.flat)
+        if not all(isinstance(v, (int, float, np.number)) for v in flat):
+            raise DataError(f"{name} is ragged or not numeric, expected an array of numbers")
+        value = np.array(flat, np.float64).reshape(getattr(value, "shape", -1))
+    if not isinstance(value, np.ndarray):
+        raise DataError(f"{name} is a {type(value).__name__}, expected an array of numbers")
     if value.dtype.kind not in "biuf":
         raise DataError(f"{name} is of type {value.dtype}, expected numbers")
     return value
@@ -220,13 +249,14 @@ def _features(split, s, m):
 def _labels(split, s):
     if "regression_labels" not in split:
         raise DataError(f"split {s} has no 'regression_labels', only {str(list(split))[:80]}")
-    y = _array(split["regression_labels"], f"{s}/regression_labels")
+    with np.errstate(over="ignore"):
+        y = _array(split["regression_labels"], f"{s}/regression_labels").astype(np.float32)
     if y.ndim != 1:
         raise DataError(f"{s}/regression_labels has shape {y.shape}, expected (clips,)")
     if not np.isfinite(y).all():
         raise DataError(f"{s}/regression_labels holds {np.sum(~np.isfinite(y))} values that are "
                         "NaN or infinite, expected numbers: remove those clips")
-    return y.astype(np.float32)
+    return y
 
 
 def _given_frames(split, s, m, x):

@@ -299,7 +299,8 @@ def model_and_input(seed=0, m=3, b=2, l=CHUNK + 4, **options):
 
 options = st.fixed_dictionaries(dict(
     coupling=st.sampled_from(["mean", "learned", "sum", "none"]), mix=st.booleans(),
-    m=st.integers(1, 4), pooling=st.sampled_from(["max", "mean", "last"]), seed=st.integers(0, 999)))
+    m=st.integers(1, 4), pooling=st.sampled_from(["max", "mean", "last"]),
+    seed=st.integers(0, 999)))
 
 
 def draw_mask(xs, seed, rate=0.6):
@@ -452,6 +453,42 @@ def test_autocast_gives_the_same_answer_in_less_precision():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("coupling", ["mean", "learned", "sum", "none"])
+def test_a_long_silence_holds_the_state_and_the_pooled_mean_in_any_dtype(coupling, dtype):
+    model, xs = model_and_input(l=1, coupling=coupling, pooling="mean")
+    model, xs = model.to(dtype), [x.to(dtype) for x in xs]
+    mask = torch.zeros(3, 2, 300, dtype=torch.bool)
+    mask[:, :, 0] = True
+    _, spoken = model._advance(xs, None, model.init_state(2))
+    out, silent = model._advance([x.expand(-1, 300, -1) for x in xs], mask, model.init_state(2))
+    assert out.dtype == dtype and silent.blocks[0].H.dtype == torch.float32
+    assert_close(silent.blocks[0].H, spoken.blocks[0].H, 1e-4)
+    _, long = model._advance([x.expand(-1, 300, -1) for x in xs], None, model.init_state(2))
+    assert (long.count == 300).all()             # bfloat16 cannot count beyond 256
+
+
+def test_extreme_logits_leave_finite_weights():
+    model, xs = model_and_input(coupling="learned")
+    for block in model.blocks:
+        block.coupling_logits.data[0] = 2000
+    model.modality_logits.data[0] = 2000
+    mask = draw_mask(xs, 0)
+    mask[0] = False
+    out = model(xs, mask)
+    out.sum().backward()
+    assert out.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_backward_inside_autocast_is_still_float32():
+    p = problem(**sizes(dtype=torch.float32))
+    expected = run(p, "scan")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(p, "scan")
+    for name in got:
+        assert_close(got[name], expected[name], 1e-6, name)
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(coupling="max"), "coupling is 'max'"), (dict(pooling="sum"), "pooling is 'sum'"),
     (dict(mode="fast"), "mode is 'fast'"), (dict(d_state=0), "at least 1")])
@@ -495,7 +532,7 @@ def test_the_file_works_alone_without_numpy_and_triton(tmp_path):
 
 # ----------------------------------------------------------------------------- data
 def mmsa(seed=0, clips=(7, 4, 5), lengths=True, bert=True):
-    """A file like MMSA's: text padded in front, audio and vision at the end, -inf and NaN inside."""
+    """A file like MMSA's: text padded in front, the others at the end, -inf and NaN inside."""
     rng, content = np.random.default_rng(seed), {"config": {"not": "a split"}, "train_mix": {}}
     frames, widths = (6, 40, 25), (8, 3, 5)
     for s, count in zip(data.SPLITS, clips):
@@ -569,12 +606,20 @@ class Calls:
         return self.call
 
 
+# A scalar of a dtype that says it is an object and whose flags deny it: bytes read as a pointer.
+FORGED = (b"\x80\x02cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n(U\x02O8I00\nI01\ntR(K\x03U\x01|"
+          b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbU\x08AAAAAAAA\x86R.")
+
+
 def damaged():
     def changed(path, value):
         content = mmsa()
         content[path[0]][path[1]] = value
         return pickle.dumps(content)
 
+    bomb = []
+    for _ in range(60):
+        bomb = [bomb, bomb]
     whole = pickle.dumps(mmsa())
     lost = mmsa()
     del lost["valid"]
@@ -582,6 +627,9 @@ def damaged():
         "system": (pickle.dumps(Calls(os.system, "touch hacked")), "posix.system"),
         "eval": (changed(("train", "text"), Calls(eval, "open('hacked', 'w')")), "eval"),
         "numpy.load": (pickle.dumps(Calls(np.load, "hacked.npy", None, True)), "numpy"),
+        "pointer": (FORGED, "not a complete"),
+        "nested": (b"\x80\x02})" + b"\x85" * 10 ** 6 + b"K\x01s.", "hostile"),
+        "bomb": (changed(("train", "text"), bomb), "ragged"),
         "truncated": (whole[:len(whole) // 2], "not a complete MMSA pickle"),
         "empty": (b"", "empty"), "text": (b"hello, world", "not a complete MMSA pickle"),
         "no dict": (pickle.dumps([1, 2]), "expected a dict"),

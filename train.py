@@ -227,7 +227,7 @@ def parse(argv):
             if not low <= value < below:
                 raise ValueError
             return value
-        number.__name__ = f"{kind.__name__} >= {low}" + (f" and < {below}" if below < 1e9 else "")
+        number.__name__ = f"{kind.__name__} >= {low}" + (f" and < {below}" if below < 1e99 else "")
         return number
 
     count, real = at_least(int, 1), at_least(float, 0.0)
@@ -251,12 +251,13 @@ def parse(argv):
     option("--epochs", count, None, "epochs", says=PAPER["epochs"])
     option("--batch-size", count, None, "clips per step",
            says=", ".join(f"{k} {v}" for k, v in BATCH.items()))
-    option("--lr", real, None, "learning rate of Adam, halved every 50 epochs", says=PAPER["lr"])
+    option("--lr", at_least(float, 0.0, 100.0), None, "learning rate of Adam, halved every 50 epochs",
+           says=PAPER["lr"])
     option("--weight-decay", real, None, "on matrices only", says=PAPER["weight_decay"])
     option("--patience", at_least(int, 0), 0, "stop after so many epochs without a better valid "
            "MAE; 0: never")
-    option("--seeds", count, None, "how many runs", says=PAPER["seeds"])
-    option("--seed", at_least(int, 0), 0, "the first seed; the others follow")
+    option("--seeds", at_least(int, 1, 10 ** 6), None, "how many runs", says=PAPER["seeds"])
+    option("--seed", at_least(int, 0, 2 ** 31), 0, "the first seed; the others follow")
     option("--device", str, "auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
     option("--mode", str, "auto", "how the scan is computed", choices=list(MODES))
     return p.parse_args(argv)
@@ -303,8 +304,14 @@ def main(argv=None):
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ntrain.py: interrupted; finished seeds are in results.json", file=sys.stderr)
+        print("\ntrain.py: interrupted; what was finished is in the output folder", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        print("train.py: error: out of memory: try a smaller --batch-size, --d-model or --length",
+              file=sys.stderr)
+        return 2
     return 0
 
 
