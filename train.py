@@ -251,7 +251,7 @@ def parse(argv):
     option("--epochs", count, None, "epochs", says=PAPER["epochs"])
     option("--batch-size", count, None, "clips per step",
            says=", ".join(f"{k} {v}" for k, v in BATCH.items()))
-    option("--lr", at_least(float, 0.0, 100.0), None, "learning rate of Adam, halved every 50 epochs",
+    option("--lr", at_least(float, 0.0, 100.0), None, "learning rate, halved every 50 epochs",
            says=PAPER["lr"])
     option("--weight-decay", real, None, "on matrices only", says=PAPER["weight_decay"])
     option("--patience", at_least(int, 0), 0, "stop after so many epochs without a better valid "
