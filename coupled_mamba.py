@@ -295,6 +295,13 @@ def coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None, mode="auto"):
     """
     _check(x, delta, A, B, C, D, w, H0, mode)
     (m, b, l, e), n, dtype = x.shape, A.shape[-1], x.dtype
+    constant = delta.dim() == B.dim() == C.dim() == 3 and (w is None or w.dim() == 1)
+    if not (constant and mode == "convolution"):
+        delta, B, C = (v if v.dim() == 4 else v[:, :, None].expand(-1, -1, l, -1)
+                       for v in (delta, B, C))
+    kernel = _kernel(x) if mode in ("scan", "auto") else None
+    if kernel:
+        return kernel(x, delta, A, B, C, D, w, H0)
     tensors = [x, delta, A, B, C, D, w, H0]
     wide = _state_dtype(*(v for v in tensors if v is not None))
     x, delta, A, B, C, D, w, H0 = (v if v is None else v.to(wide) for v in tensors)
@@ -303,16 +310,25 @@ def coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None, mode="auto"):
     matrix = mode == "recurrence" and w.dim() == 2
     if H0 is None:
         H0 = x.new_zeros((m,) * matrix + (b, e, n))
-    constant = delta.dim() == B.dim() == C.dim() == 3 and w.dim() == 1
-    if not (constant and mode == "convolution"):
-        delta, B, C = (v if v.dim() == 4 else v[:, :, None].expand(-1, -1, l, -1)
-                       for v in (delta, B, C))
+    if delta.dim() == 4:
         w = w[:, None, None].expand(m, b, l) if w.dim() == 1 else w
     with torch.autocast(x.device.type, enabled=False):
         y, H_last = MODES[mode](x, delta, A, B, C, w, H0)
         if D is not None:
             y = y + D[:, None, None] * x
     return y.to(dtype), H_last
+
+
+def _kernel(x):
+    """`kernel.triton_coupled_scan` where it can serve, else None. Imported here and not before."""
+    if not x.is_cuda or torch.version.hip or len(x) > 8 or \
+            torch.cuda.get_device_properties(x.device).major < 8:
+        return None
+    try:
+        from kernel import triton_coupled_scan
+    except ImportError:                  # no Triton, or this file was copied without kernel.py
+        return None
+    return triton_coupled_scan
 
 
 def _state_dtype(*tensors):

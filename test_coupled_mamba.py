@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pytest
@@ -20,10 +21,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"         # read by Triton when it is imported
 import coupled_mamba
 import data
 import train
 from coupled_mamba import CHUNK, CoupledMamba, coupled_scan
+
+try:
+    import kernel
+except ImportError:
+    kernel = None
 
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("ci")
@@ -81,11 +90,14 @@ def reference(x, delta, A, B, C, D, w, H0):
 
 
 def run(p, mode, last=False, seed=0):
-    """y, H_last and every gradient under random cotangents; `last`: of y at the last step only."""
+    """y, H_last and every gradient under random cotangents; `last`: of y at the last step only.
+
+    `mode` is one of `coupled_scan`, or a function in its place.
+    """
     p = {k: v.clone().requires_grad_() for k, v in p.items()}
-    y, H = coupled_scan(**p, mode=mode)
+    y, H = mode(**p) if callable(mode) else coupled_scan(**p, mode=mode)
     g = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(v.shape, generator=g).bfloat16().to(v.dtype) for v in (y, H)]
+    cotangents = [torch.randn(v.shape, generator=g).bfloat16().to(v) for v in (y, H)]
     if last:
         cotangents[0][:, :, :-1] = 0
     gradients = torch.autograd.grad((y, H), list(p.values()), cotangents)
@@ -93,7 +105,7 @@ def run(p, mode, last=False, seed=0):
 
 
 def assert_close(got, expected, tolerance, name=""):
-    got, expected = (torch.as_tensor(v).detach().double() for v in (got, expected))
+    got, expected = (torch.as_tensor(v).detach().cpu().double() for v in (got, expected))
     assert got.shape == expected.shape, name
     error, size = (got - expected).abs().max().item(), expected.abs().max().item()
     assert error <= tolerance * max(size, 1e-3), f"{name}: error {error:.1e} at size {size:.1e}"
@@ -189,21 +201,180 @@ def test_time_invariant_parameters_go_through_the_fft_and_agree(m, l, seed):
             assert_close(got, expected[name], TOLERANCE[torch.float64], f"{mode} {name}")
 
 
+class Largest(TorchDispatchMode):
+    """`size`: of the largest tensor that an operation gave, in float32 numbers."""
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.size = max(self.size, out.untyped_storage().nbytes() // 4)
+        return out
+
+
 def test_scan_never_holds_the_states_of_the_whole_sequence():
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.untyped_storage().nbytes() // out.element_size())
-            return out
-
-    with Watch():
-        run(problem(m=2, b=2, l=600, e=32, n=32, seed=0, dtype=torch.float32), "scan")
+    p = problem(m=2, b=2, l=600, e=32, n=32, seed=0, dtype=torch.float32)
+    with Largest() as seen:
+        run(p, "scan")
     kept = -(-600 // CHUNK) * 2 * 32 * 32                    # H at the chunk boundaries
-    assert kept <= largest <= max(kept, 2 * 2 * 600 * 32) < 2 * 2 * 600 * 32 * 32 / 20
+    assert kept <= seen.size <= max(kept, 2 * 2 * 600 * 32) < 2 * 2 * 600 * 32 * 32 / 20
+
+
+# ----------------------------------------------------------------------------- the Triton kernel
+# Compiled on a GPU, else in Triton's interpreter, where every operation of every program takes
+# milliseconds: hence the small sizes. float64 makes the kernel exact, so that nothing hides.
+triton_only = pytest.mark.skipif(kernel is None, reason="Triton is published for Linux only")
+
+
+def on_device(p):
+    return {k: v.cuda() for k, v in p.items()} if GPU else p
+
+
+@triton_only
+@settings(max_examples=8)
+@given(st.builds(problem, m=st.integers(1, 3), b=st.integers(1, 2), l=st.integers(1, 2 * CHUNK + 2),
+                 e=st.integers(1, 5), n=st.integers(1, 5), seed=st.integers(0, 10 ** 6),
+                 w=st.sampled_from(["time", "vector"]), masked=st.booleans(), H0=st.booleans()),
+       st.booleans(), st.sampled_from([CHUNK, 512]))
+def test_the_kernel_agrees_in_values_and_every_gradient(p, last, segment):
+    expected = run(p, "recurrence", last)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "SEGMENT", segment)
+        for name, got in run(on_device(p), kernel.triton_coupled_scan, last).items():
+            assert_close(got, expected[name], TOLERANCE[torch.float64], name)
+
+
+# m, b, l, e, n, least steps of a segment: e beyond a block, n beyond and below a power of two,
+# several chunks in several segments, the last of them short
+KERNEL_SIZES = [(1, 2, 1, 1, 1, 512), (3, 2, 37, 20, 64, 16), (2, 1, 300, 3, 16, 64),
+                (4, 1, 20, 3, 5, 512), (8, 1, 17, 2, 65, 16)]
+
+
+@triton_only
+@pytest.mark.parametrize("m, b, l, e, n, segment", KERNEL_SIZES)
+def test_the_kernel_in_float32_is_within_1e_5_of_float64(m, b, l, e, n, segment, monkeypatch):
+    monkeypatch.setattr(kernel, "SEGMENT", segment)
+    p = problem(m, b, l, e, n, seed=4, masked=m % 2 == 0, dtype=torch.float32)
+    p = {k: v.movedim(0, -1).contiguous().movedim(-1, 0) for k, v in p.items()}  # not contiguous
+    expected = run({k: v.double() for k, v in p.items()}, "scan", last=True)
+    for name, got in run(on_device(p), kernel.triton_coupled_scan, last=True).items():
+        assert_close(got, expected[name], 1e-5, name)
+
+
+@triton_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_takes_and_gives_16_bit_and_keeps_a_float32_state(dtype):
+    p = problem(**sizes(l=20, dtype=dtype))
+    expected = run({k: v.double() for k, v in p.items()}, "recurrence")
+    got = run(on_device(p), kernel.triton_coupled_scan)
+    assert got["y"].dtype == got["x"].dtype == dtype and got["H"].dtype == torch.float32
+    assert_close(got["H"], expected["H"], TOLERANCE[torch.float32], "H")
+    for name in got:                             # the interpreter cuts bits off where a GPU rounds
+        assert_close(got[name], expected[name], 2 * TOLERANCE[dtype], name)
+
+
+@triton_only
+def test_what_the_kernel_does_by_default_and_in_wide_and_deterministic_ways(monkeypatch):
+    p = problem(**sizes(l=10, e=20, n=64, b=1, m=2))         # two blocks of e in backward
+    plain = {k: v for k, v in p.items() if k not in ("D", "w", "H0")}
+    expected = run(p, "scan"), run(plain, "scan")
+    monkeypatch.setattr(kernel, "WIDE", 0)                   # 64-bit offsets
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = [[run(on_device(q), kernel.triton_coupled_scan) for q in (p, plain)]
+                   for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for first, second, same in zip(*results, expected):
+        for name in first:
+            assert torch.equal(first[name], second[name])
+            assert_close(first[name], same[name], 1e-10, name)
+
+
+@triton_only
+def test_the_kernel_saves_its_inputs_and_a_state_per_chunk_and_never_holds_all_states():
+    m, b, l, e, n = 2, 1, 3 * CHUNK, 16, 16
+    p = on_device(problem(m, b, l, e, n, seed=0, dtype=torch.float32))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
+        run(p, kernel.triton_coupled_scan)
+    inputs = sum(v.numel() for k, v in p.items() if k != "H0")
+    assert sum(v.numel() for v in saved) == inputs + b * (l // CHUNK) * e * n
+    of_y, of_H = torch.ones_like(p["x"]), torch.ones_like(p["H0"])
+    with Largest() as seen:
+        *_, keep = kernel._scan._init_fn(*p.values(), True)
+        kernel._scan_backward._init_fn(*list(p.values())[:-1], keep, of_y, of_H, True)
+        assert kernel._scan._init_fn(*p.values(), False)[2].numel() == 0
+    assert 0 < seen.size <= max(2 * m * b * l * n, CHUNK * e * n) < b * l * e * n / 2
+
+
+@triton_only
+def test_the_model_takes_the_kernel_compiled_under_autocast_and_in_several_blocks(monkeypatch):
+    model, xs = model_and_input(l=5, coupling="learned")
+    model, xs = model.float(), [x.float() for x in xs]
+    mask = draw_mask(xs, 0)
+    expected = model(xs, mask)
+    gradients = torch.autograd.grad(expected.sum(), list(model.parameters()))
+    monkeypatch.setattr(coupled_mamba, "_kernel", lambda x: kernel.triton_coupled_scan)
+    if GPU:
+        model, xs, mask = model.cuda(), [x.cuda() for x in xs], mask.cuda()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for f in (model, compiled):
+        out = f(xs, mask)
+        assert_close(out, expected, 1e-5)
+        for got, same in zip(torch.autograd.grad(out.sum(), list(model.parameters())), gradients):
+            assert_close(got, same, 1e-4)
+        with torch.autocast(xs[0].device.type, torch.bfloat16):
+            out = f(xs, mask)
+            out.sum().backward()
+        assert_close(out, expected, 0.1)
+    p = on_device(problem(**sizes(m=1, b=1, l=3, dtype=torch.float32)))
+    arguments = [v.requires_grad_() for v in p.values()]
+    torch.library.opcheck(kernel._scan, (*arguments, True))
+
+
+def test_the_kernel_is_chosen_for_a_gpu_with_triton_and_for_nothing_else(monkeypatch):
+    class OnGPU(list):
+        is_cuda, device = True, "cuda"
+
+    def chosen(x, major=9):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Namespace(major=major))
+        return coupled_mamba._kernel(x)
+
+    if kernel is not None:
+        assert chosen(OnGPU("abc")) is kernel.triton_coupled_scan
+    assert chosen(OnGPU("abc"), major=7) is chosen(OnGPU(range(9))) is chosen(torch.ones(3)) is None
+    monkeypatch.setitem(sys.modules, "kernel", None)         # as if Triton were not installed
+    assert chosen(OnGPU("abc")) is None
+
+
+@triton_only
+def test_the_kernel_names_what_it_cannot_do(monkeypatch):
+    p = on_device(problem(**sizes(l=2)))
+    for name, wrong in (("x", p["x"][0]), ("B", p["C"][..., :1]), ("w", p["w"][..., :1]),
+                        ("H0", p["H0"][None]), ("delta", p["delta"].long())):
+        with pytest.raises(ValueError, match=f"{name} (has shape|is torch)"):
+            kernel.triton_coupled_scan(**{**p, name: wrong})
+    with pytest.raises(ValueError, match="with 1 to 8 modalities"):
+        kernel.triton_coupled_scan(**on_device(problem(**sizes(m=9, l=2))))
+    y, _ = kernel.triton_coupled_scan(**{**p, "x": p["x"].requires_grad_()})
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), p["x"], create_graph=True)
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="x is on cpu, expected a GPU"):
+        kernel.triton_coupled_scan(**{k: v.cpu() for k, v in p.items()})
+
+
+@triton_only
+def test_the_kernel_compiles_for_two_kinds_of_gpu_and_spills_no_register(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernel; assert kernel.compile_table(((64, 3),))"], cwd=HERE,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert len(rows) == 8 and {row[-4] for row in rows} == {"sm_80", "sm_90"}
+    assert all(int(row[-3]) > 0 and row[-2] == "0" for row in rows)
 
 
 # ----------------------------------------------------------------------------- laws of the scan
