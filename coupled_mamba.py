@@ -135,7 +135,10 @@ def _time_invariant(x, delta, A, B, C, w, H0):
 
 # ----------------------------------------------------------------------------- mode "scan"
 def scan(x, delta, A, B, C, w, H0):
-    """The form used for training: linear in l, and no (.., l, e, n) tensor ever exists."""
+    """The form used for training: linear in l, and no (.., l, e, n) tensor ever exists.
+
+    On a GPU `coupled_scan` takes kernel.py instead, if there.
+    """
     return _ChunkedScan.apply(x, delta, A, B, C, w, H0)
 
 
@@ -284,7 +287,8 @@ def coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None, mode="auto"):
         A: (m, e, n), < 0.     B, C: (m, b, l, n).     D: (m, e) or None.
         w: (m,) or (m, b, l); None is the mean, 1/m each. In mode "recurrence" also (m, m).
         H0: (b, e, n), the coupled state before the first step; None is zero.
-        mode: "recurrence", "convolution", "scan", or "auto" (= "scan").
+        mode: "recurrence", "convolution", "scan", or "auto" (= "scan": on an NVIDIA GPU the
+            kernels of kernel.py where they and Triton are at hand, else PyTorch).
         Parameters constant in time may be given as delta (m, b, e), B and C (m, b, n).
     Returns:
         y (m, b, l, e) in the dtype of x, and H_last (b, e, n), which as H0 continues the sequence.

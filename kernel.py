@@ -318,7 +318,7 @@ def triton_coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None):
     """
     if x.dim() != 4 or A.dim() != 3 or len(x) > 8 or 0 in (*x.shape, *A.shape):
         raise ValueError(f"x has shape {tuple(x.shape)} and A {tuple(A.shape)}, expected "
-                         "(m, b, l, e) and (m, e, n), with 1 to 8 modalities and no axis of length 0")
+                         "(m, b, l, e) and (m, e, n), with 1 to 8 modalities, no axis of length 0")
     (m, b, l, e), n = x.shape, A.shape[-1]
     expected = {"x": (m, b, l, e), "delta": (m, b, l, e), "A": (m, e, n), "B": (m, b, l, n),
                 "C": (m, b, l, n), "D": (m, e), "w": (m,), "H0": (b, e, n)}
@@ -405,6 +405,7 @@ def compile_table(sizes=((64, 3), (64, 8), (5, 3)), e=256):
         for fn, name, fits, more in (
                 (_reduce, "reduce", FORWARD, {"REVERSE": False}),
                 (_forward, "forward", FORWARD, {"K": CHUNK, "KEEP": True}),
+                (_reduce, "reduce G", BACKWARD, {"REVERSE": True}),
                 (_backward, "backward", BACKWARD, {"K": CHUNK, "DW": False}),
                 (_backward, "with dw", BACKWARD, {"K": CHUNK, "DW": True})):
             for arch in (80, 90):
