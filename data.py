@@ -1,14 +1,21 @@
 """The datasets: files as they are published -> arrays of one common length, standardised.
 
-`load(name, path)` reads an MMSA pickle (mosi, mosei, sims, simsv2); `synthetic(name)` makes a
-stand-in of the same shapes for a machine that has no dataset. Both return a `Dataset`.
+`load(name, path)` reads a real dataset; `synthetic(name)` makes a stand-in of the same shapes for a
+machine that has none. Both return a `Dataset`.
 
-An MMSA pickle is a dict of splits `train`, `valid`, `test`. A split holds `text`, `audio`, `vision`
-(N, L, width), `regression_labels` (N,), and perhaps `text_bert` (N, 3, L), `audio_lengths` and
-`vision_lengths` (N,). What happens to it here, clip by clip:
+mosi, mosei, sims, simsv2: an MMSA pickle, a dict of splits `train`, `valid`, `test`. A split holds
+`text`, `audio`, `vision` (N, L, width), `regression_labels` (N,), and perhaps `text_bert`
+(N, 3, L), `audio_lengths`, `vision_lengths`, `classification_labels` (N,). Clip by clip,
 
     inf, NaN -> 0  ->  the real frames, padding at either end cut off  ->  `length` segment means
-    ->  standardised by mean and deviation of each feature over the training split
+
+brca, rosmap: a MOGONET folder, `1_tr.csv 1_te.csv 2_.. 3_.. labels_tr.csv labels_te.csv`, three
+views of each patient, a row each. A fifth of the training rows, drawn per class, serves as valid.
+mmimdb: `multimodal_imdb.hdf5` of `features` (N, 300), `vgg_features` (N, 4096), `genres` (N, 23).
+In these a sample is one vector per modality and no sequence: it is cut into `tokens` steps of equal
+width, the last ones filled up with zeros.
+
+Everywhere: each feature is standardised by its mean and deviation over the training split.
 
 A pickle can run any program when it is loaded the usual way. `_Reader` cannot: it builds NumPy
 arrays, scalars and plain containers, and does not look up any other name.
@@ -16,6 +23,7 @@ arrays, scalars and plain containers, and does not look up any other name.
 import mmap
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,20 +31,36 @@ import numpy as np
 
 SPLITS = ("train", "valid", "test")
 MODALITIES = ("text", "audio", "vision")
+OMICS = ("mrna", "methylation", "mirna")
 
 
 class Spec(NamedTuple):
     """What is published under a name. The stand-in copies it; a real file speaks for itself."""
+    layout: str              # how it is stored, a key of LAYOUTS
     file: str
-    widths: tuple            # text, audio, vision
+    modalities: tuple
+    widths: tuple            # of each modality
     clips: tuple             # train, valid, test
-    scale: float             # labels lie in [-scale, scale]
+    classes: int             # of the classification task; 23 labels at once in mmimdb
+    scale: float = 0.        # the labels of the regression task lie in [-scale, scale]; 0: no such
+
+    @property
+    def tasks(self):
+        """The default comes first."""
+        return ("regression", "classification") if self.scale else ("classification",)
 
 
-SPECS = {"mosi": Spec("unaligned_50.pkl", (768, 5, 20), (1284, 229, 686), 3.),
-         "mosei": Spec("unaligned_50.pkl", (768, 74, 35), (16326, 1871, 4659), 3.),
-         "sims": Spec("unaligned_39.pkl", (768, 33, 709), (1368, 456, 457), 1.),
-         "simsv2": Spec("unaligned.pkl", (768, 25, 177), (2722, 647, 1034), 1.)}
+SPECS = {
+    "mosi": Spec("mmsa", "unaligned_50.pkl", MODALITIES, (768, 5, 20), (1284, 229, 686), 3, 3.),
+    "mosei": Spec("mmsa", "unaligned_50.pkl", MODALITIES, (768, 74, 35), (16326, 1871, 4659), 3,
+                  3.),
+    "sims": Spec("mmsa", "unaligned_39.pkl", MODALITIES, (768, 33, 709), (1368, 456, 457), 3, 1.),
+    "simsv2": Spec("mmsa", "unaligned.pkl", MODALITIES, (768, 25, 177), (2722, 647, 1034), 3, 1.),
+    "brca": Spec("mogonet", "", OMICS, (1000, 1000, 503), (490, 122, 263), 5),
+    "rosmap": Spec("mogonet", "", OMICS, (200, 200, 200), (196, 49, 106), 2),
+    "mmimdb": Spec("mmimdb", "multimodal_imdb.hdf5", ("text", "image"), (300, 4096),
+                   (15552, 2608, 7799), 23)}
+TOKENS = 20
 
 
 class DataError(Exception):
@@ -47,7 +71,7 @@ class DataError(Exception):
 class Split(NamedTuple):
     xs: list                 # per modality (N, length, width) float32
     mask: np.ndarray         # (m, N, length) bool, False where a clip lacks a modality
-    y: np.ndarray            # (N,) float32
+    y: np.ndarray            # (N,) float32, (N,) int64 classes, or (N, 23) float32 of 0 and 1
 
 
 class Dataset(NamedTuple):
@@ -56,22 +80,25 @@ class Dataset(NamedTuple):
     splits: dict             # "train", "valid", "test" -> Split
 
 
-def load(name, path, length=None):
-    """Read the file at `path`, or in that folder. `length` None: min(50, longest stream).
+def load(name, path, length=None, task=None, tokens=TOKENS):
+    """Read the file or folder at `path`.
 
-    Raises DataError, in one sentence, for anything that is not such a file; runs nothing in it.
+    length: steps of the MMSA sets, None is min(50, longest stream); tokens: steps of the others.
+    task: one of SPECS[name].tasks, None is the first.
+    Raises DataError, in one sentence, for anything that is not such a dataset; runs nothing in it.
     """
-    path = _find(name, Path(path))
-    with open(path, "rb") as file:
-        try:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            return Dataset(name, False, _splits(_Reader(mapped).load(), length, mapped))
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
-        except Exception as error:      # damage can surface as nearly any exception
-            reason = str(error).split("\n")[0] or type(error).__name__
-            raise DataError(f"{path} is not a complete MMSA pickle ({reason}): "
-                            "fetch it again and compare its SHA-256") from None
+    spec, path = SPECS[name], Path(path)
+    task = task or spec.tasks[0]
+    path = _find(name, path) if spec.file else path
+    what, read = LAYOUTS[spec.layout]
+    try:
+        return Dataset(name, False, read(path, spec, task, length, tokens))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except Exception as error:          # damage can surface as nearly any exception
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise DataError(f"{path} is not a complete {what} ({reason}): fetch it again and compare "
+                        "it with what its publisher says of it") from None
 
 
 def default_path(name):
@@ -79,18 +106,24 @@ def default_path(name):
 
 
 def how_to_get(name):
-    return (f"No data at {default_path(name)}. To train on the real {name.upper()}, download its "
-            f"feature file {SPECS[name].file} by the links on the page of the MMSA project "
-            f"(https://github.com/thuiar/MMSA, section Datasets) and put it there, or name it with "
-            f"--data.")
+    layout, file = SPECS[name].layout, SPECS[name].file
+    steps = {"mmsa": f"download its feature file {file} by the links on the page of the MMSA "
+                     "project (https://github.com/thuiar/MMSA, section Datasets) and put it there",
+             "mogonet": f"copy {name.upper()} of https://github.com/txWang/MOGONET there",
+             "mmimdb": f"download {file} by the link on https://github.com/johnarevalo/gmu-mmimdb "
+                       "and put it there"}[layout]
+    return (f"No data at {default_path(name)}. To train on the real {name.upper()}, {steps}, or "
+            "name it with --data.")
 
 
 def _find(name, path):
     if path.is_dir():
-        files = sorted(path.glob(SPECS[name].file)) or sorted(path.glob("*.pkl"))
+        file = SPECS[name].file
+        kind = Path(file).suffix
+        files = sorted(path.glob(file)) or sorted(path.glob("*" + kind))
         if len(files) != 1:
-            raise DataError(f"{path} holds {len(files)} .pkl files, expected {SPECS[name].file}: "
-                            "name the file itself")
+            raise DataError(f"{path} holds {len(files)} {kind} files, expected {file}: name the "
+                            "file itself")
         return files[0]
     if not path.is_file():
         raise DataError(f"there is no file {path}. {how_to_get(name)}")
@@ -211,8 +244,11 @@ def _array(value, name):
     return value
 
 
-# ----------------------------------------------------------------------------- from file to arrays
-def _splits(content, length, mapped):
+# ----------------------------------------------------------------------------- MMSA
+def _mmsa(path, spec, task, length, tokens):
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        content = _Reader(mapped).load()
     if not isinstance(content, dict) or not all(isinstance(content.get(s), dict) for s in SPLITS):
         found = list(content) if isinstance(content, dict) else type(content).__name__
         raise DataError(f"found {str(found)[:80]}, expected a dict of splits {', '.join(SPLITS)}")
@@ -223,7 +259,7 @@ def _splits(content, length, mapped):
     length = length or min(50, max(x.shape[1] for split in raw.values() for x in split))
     splits = {}
     for s in SPLITS:
-        y, xs, present = _labels(content[s], s), [], []
+        y, xs, present = _labels(content[s], s, task, spec.classes), [], []
         for m, x in zip(MODALITIES, raw[s]):
             if len(x) != len(y):
                 raise DataError(f"{s}/{m} has {len(x)} clips and there are {len(y)} labels")
@@ -246,7 +282,7 @@ def _features(split, s, m):
     return x
 
 
-def _labels(split, s):
+def _labels(split, s, task, classes):
     if "regression_labels" not in split:
         raise DataError(f"split {s} has no 'regression_labels', only {str(list(split))[:80]}")
     with np.errstate(over="ignore"):
@@ -256,7 +292,20 @@ def _labels(split, s):
     if not np.isfinite(y).all():
         raise DataError(f"{s}/regression_labels holds {np.sum(~np.isfinite(y))} values that are "
                         "NaN or infinite, expected numbers: remove those clips")
-    return y
+    if task == "regression":
+        return y
+    if "classification_labels" not in split:
+        return np.sign(y).astype(np.int64) + 1               # negative, neutral, positive
+    y = _array(split["classification_labels"], f"{s}/classification_labels")
+    return _classes(y, classes, f"{s}/classification_labels")
+
+
+def _classes(y, classes, name):
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    if y.ndim != 1 or not np.isin(y, np.arange(classes)).all():
+        raise DataError(f"{name} has shape {y.shape} and values {np.unique(y)[:9]}, expected one "
+                        f"class from 0 to {classes - 1} per sample")
+    return y.astype(np.int64)
 
 
 def _given_frames(split, s, m, x):
@@ -312,20 +361,126 @@ def standardise(splits):
             split.xs[i] *= split.mask[i][..., None]
 
 
+# ----------------------------------------------------------------------------- vectors
+def _mogonet(path, spec, task, length, tokens):
+    if not path.is_dir():
+        raise DataError("there is no such folder, expected one with 1_tr.csv ... labels_te.csv")
+    names = [f"{view}_{part}" for part in ("tr", "te") for view in (1, 2, 3, "labels")]
+    missing = [name + ".csv" for name in names if not (path / (name + ".csv")).is_file()]
+    if missing:
+        raise DataError(f"has no {', '.join(missing)}, expected 1_tr.csv, 1_te.csv, 2_..., 3_..., "
+                        "labels_tr.csv, labels_te.csv")
+    tables = {name: _csv(path / (name + ".csv")) for name in names}
+    y = {part: _classes(tables["labels_" + part], spec.classes, f"labels_{part}.csv")
+         for part in ("tr", "te")}
+    for view in (1, 2, 3):
+        shapes = {part: tables[f"{view}_{part}"].shape for part in y}
+        if shapes["tr"][1] != shapes["te"][1] or any(shapes[p][0] != len(y[p]) for p in y):
+            raise DataError(f"{view}_tr.csv and {view}_te.csv have shapes {shapes['tr']} and "
+                            f"{shapes['te']}, expected one width, and {len(y['tr'])} and "
+                            f"{len(y['te'])} rows as the labels have")
+    valid = _stratified(y["tr"])
+    rows = {"train": ("tr", ~valid), "valid": ("tr", valid), "test": ("te", slice(None))}
+    return _cut({s: ([tables[f"{view}_{part}"][r] for view in (1, 2, 3)], y[part][r])
+                 for s, (part, r) in rows.items()}, tokens)
+
+
+def _csv(file):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")                   # an empty file is only a warning
+            return np.loadtxt(file, np.float64, delimiter=",", ndmin=2)
+    except (ValueError, UserWarning) as error:
+        raise DataError(f"{file.name} is empty, ragged or not numeric "
+                        f"({str(error).split(';')[0][:80]}), expected rows of numbers between "
+                        "commas") from None
+
+
+def _stratified(y, share=0.2, seed=0):
+    """(N,) bool: this share of the rows of each class, drawn at random but always the same."""
+    rng, chosen = np.random.default_rng(seed), np.zeros(len(y), bool)
+    for c in np.unique(y):
+        rows = rng.permutation(np.flatnonzero(y == c))
+        chosen[rows[:round(share * len(rows))]] = True
+    return chosen
+
+
+def _mmimdb(path, spec, task, length, tokens):
+    import h5py
+    with h5py.File(path, "r") as file:
+        raw = {}
+        for name in ("features", "vgg_features", "genres"):
+            if not isinstance(file.get(name), h5py.Dataset):
+                raise DataError(f"has no {name!r}, only {str(list(file))[:80]}")
+            if file[name].ndim != 2 or file[name].dtype.kind not in "biuf":
+                raise DataError(f"{name} is {file[name].dtype} of shape {file[name].shape}, "
+                                "expected a table of numbers")
+            raw[name] = file[name][:]
+    genres, rows = raw.pop("genres"), sum(spec.clips)
+    if not np.isin(genres, (0, 1)).all() or genres.shape[1] != spec.classes:
+        raise DataError(f"genres has {genres.shape[1]} columns and values {np.unique(genres)[:9]}, "
+                        f"expected {spec.classes} columns of 0 and 1")
+    if any(len(x) != rows for x in (*raw.values(), genres)):
+        counts = [len(x) for x in (*raw.values(), genres)]
+        raise DataError(f"features, vgg_features and genres have {counts} rows, expected {rows} "
+                        f"each: {' + '.join(map(str, spec.clips))} for {', '.join(SPLITS)}")
+    bounds = np.cumsum((0, *spec.clips))
+    return _cut({s: ([x[i:j] for x in raw.values()], genres[i:j].astype(np.float32))
+                 for s, i, j in zip(SPLITS, bounds, bounds[1:])}, tokens)
+
+
+def _cut(parts, tokens):
+    """Per split a list of (N, width) and y -> splits of (N, tokens, ceil(width / tokens))."""
+    splits = {}
+    for s, (xs, y) in parts.items():
+        xs = [np.where(np.isfinite(x), x, 0)[:, None].astype(np.float32) for x in xs]
+        splits[s] = Split(xs, np.ones((len(xs), len(y), 1), bool), y)
+    standardise(splits)
+    for split in splits.values():
+        for i, x in enumerate(split.xs):
+            width = -(-x.shape[2] // tokens)
+            x = np.pad(x[:, 0], ((0, 0), (0, tokens * width - x.shape[2])))
+            split.xs[i] = x.reshape(len(x), tokens, width)
+    return {s: split._replace(mask=split.mask.repeat(tokens, 2)) for s, split in splits.items()}
+
+
+LAYOUTS = {"mmsa": ("MMSA pickle", _mmsa), "mogonet": ("MOGONET folder", _mogonet),
+           "mmimdb": ("HDF5 file of MM-IMDB", _mmimdb)}
+
+
+def with_missing(dataset, rate, seed=0):
+    """Zero, that is the mean, in place of each input element with probability `rate` (Table 12)."""
+    rng = np.random.default_rng(seed)
+    for split in dataset.splits.values():
+        for x in split.xs:
+            for row in x:                                    # row by row bounds the work space
+                row[rng.random(row.shape, dtype=np.float32) < rate] = 0
+
+
 # ----------------------------------------------------------------------------- the stand-in
-def synthetic(name, length=None, clips=None, seed=0, events=3):
+def synthetic(name, length=None, clips=None, seed=0, task=None, tokens=TOKENS):
     """Made-up data of the shapes of `name`, solvable only by binding two modalities in time.
 
-    Each clip has `events`. In each, audio shows a sign for a while, and a few frames later text
-    shows one; the label is the mean product of the pairs. Either sign alone is a fair coin, and no
-    sum of them over time or modalities tells more. Vision marks where text speaks. The rest: noise.
+    Each clip has events. In each, the second modality shows a sign for a while, and a few frames
+    later the first shows one; what counts is the product of the two. Either sign alone is a fair
+    coin, and no sum of them over time or modalities tells more. A third modality marks where the
+    first speaks. The rest: noise. Regression: the mean product, of 3 events. Classification: how
+    many products are positive, of one event less than there are classes. mmimdb: label j is whether
+    the product of event j modulo 3 is positive.
     """
-    spec, rng, splits, length = SPECS[name], np.random.default_rng(seed), {}, length or 50
-    patterns = [rng.standard_normal(width) for width in spec.widths]
+    spec, rng, splits = SPECS[name], np.random.default_rng(seed), {}
+    task = task or spec.tasks[0]
+    if spec.layout == "mmsa":
+        widths, length = spec.widths, length or 50
+    else:
+        widths, length = [-(-width // tokens) for width in spec.widths], tokens
+    several = spec.layout == "mmimdb"
+    events = 3 if task == "regression" or several else spec.classes - 1
+    patterns = [rng.standard_normal(width) for width in widths]
     slot = length / events
     duration = max(1, int(slot / 3))
     for s, count in zip(SPLITS, clips or spec.clips):
-        xs = [rng.standard_normal((count, length, w), dtype=np.float32) / 2 for w in spec.widths]
+        xs = [rng.standard_normal((count, length, w), dtype=np.float32) / 2 for w in widths]
         sign, answer = rng.choice([-1., 1.], (2, count, events))
         first = (slot * np.arange(events)).astype(int)
         first = first + rng.integers(0, max(1, int(slot) - 2 * duration - 3), (count, events))
@@ -335,7 +490,13 @@ def synthetic(name, length=None, clips=None, seed=0, events=3):
             for frames in (np.minimum(begin + j, length - 1) for j in range(duration)):
                 for k in range(events):
                     x[np.arange(count), frames[:, k]] += value[:, k, None] * pattern
-        y = spec.scale * (sign * answer).mean(1)
-        splits[s] = Split(xs, np.ones((len(xs), count, length), bool), y.astype(np.float32))
+        product = sign * answer
+        if several:
+            y = (product[:, np.arange(spec.classes) % events] > 0).astype(np.float32)
+        elif task == "classification":
+            y = (product > 0).sum(1)
+        else:
+            y = (spec.scale * product.mean(1)).astype(np.float32)
+        splits[s] = Split(xs, np.ones((len(xs), count, length), bool), y)
     standardise(splits)
     return Dataset(name, True, splits)

@@ -10,9 +10,11 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,7 @@ from coupled_mamba import CHUNK, CoupledMamba, coupled_scan
 
 try:
     import kernel
+    import triton.language as tl
 except ImportError:
     kernel = None
 
@@ -279,12 +282,17 @@ def test_what_the_kernel_does_by_default_and_in_wide_and_deterministic_ways(monk
     plain = {k: v for k, v in p.items() if k not in ("D", "w", "H0")}
     expected = run(p, "scan"), run(plain, "scan")
     monkeypatch.setattr(kernel, "WIDE", 0)                   # 64-bit offsets
+    assert kernel._plan((3, 9, 9, 9), 1, torch.float32, kernel.FORWARD)[2]["INDEX"] == tl.int64
+    launch, slices = kernel._backward, []
+    monkeypatch.setattr(kernel, "_backward", type("", (), {"__getitem__": lambda _, grid: (
+        lambda *a, **k: (slices.append((a[-1], grid[1])), launch[grid](*a, **k)))})())
     torch.use_deterministic_algorithms(True)
     try:
         results = [[run(on_device(q), kernel.triton_coupled_scan) for q in (p, plain)]
                    for _ in range(2)]
     finally:
         torch.use_deterministic_algorithms(False)
+    assert set(slices) == {(2, 2)}               # each block of e adds to dB and dC of its own
     for first, second, same in zip(*results, expected):
         for name in first:
             assert torch.equal(first[name], second[name])
@@ -758,6 +766,123 @@ def test_an_mmsa_file_is_cut_resampled_and_standardised_by_train(protocol, said,
             assert_close(x, (values - mean) / deviation, 1e-5)
 
 
+def test_classes_are_those_of_the_file_or_the_sign_of_the_regression_labels(tmp_path):
+    content, given = mmsa(), {"train": [0, 1, 2, 2, 1, 0, 2], "valid": [1] * 4, "test": [2] * 5}
+    content["train"]["regression_labels"][0] = 0.
+    for own in (False, True):
+        loaded = data.load("mosi", write(tmp_path / "a.pkl", content), task="classification")
+        for s in data.SPLITS:
+            sign = np.sign(content[s]["regression_labels"]) + 1
+            assert loaded.splits[s].y.dtype == np.int64
+            assert loaded.splits[s].y.tolist() == (given[s] if own else sign.tolist())
+            content[s]["classification_labels"] = given[s]
+
+
+def mogonet(folder, rows=(20, 7), widths=(7, 5, 4), classes=2):
+    """A folder like MOGONET's, with one constant feature; returns what is in it by file name."""
+    rng, tables = np.random.default_rng(0), {}
+    folder.mkdir()
+    for part, count in zip(("tr", "te"), rows):
+        for view, width in zip("123", widths):
+            tables[f"{view}_{part}"] = rng.random((count, width))
+            tables[f"{view}_{part}"][:, 0] = 0.5
+        tables[f"labels_{part}"] = (np.arange(count) % classes)[:, None].astype(float)
+    for name, table in tables.items():
+        np.savetxt(folder / f"{name}.csv", table, delimiter=",")
+    (folder / "1_featname.csv").write_text("gene\n" * 7)
+    return tables
+
+
+def cut(x, train, tokens):
+    """Standardised by `train`, filled up with zeros and cut into steps, in plain loops."""
+    deviation = np.where(train.std(0) < 1e-6, 1, train.std(0))
+    x, width = (x - train.mean(0)) / deviation, -(-x.shape[1] // tokens)
+    out = np.zeros((len(x), tokens, width))
+    for j in range(x.shape[1]):
+        out[:, j // width, j % width] = x[:, j]
+    return out
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_a_mogonet_folder_is_cut_into_steps_and_valid_is_a_fifth_of_each_class(tokens, tmp_path):
+    tables = mogonet(tmp_path / "a")
+    splits = data.load("rosmap", tmp_path / "a", tokens=tokens).splits
+    assert [len(splits[s].y) for s in data.SPLITS] == [16, 4, 7]
+    assert np.bincount(splits["valid"].y).tolist() == [2, 2] and splits["train"].y.dtype == np.int64
+    assert splits["test"].y.tolist() == tables["labels_te"][:, 0].tolist()
+    for i, view in enumerate("123"):
+        table = tables[view + "_tr"]
+        valid = data._stratified(tables["labels_tr"][:, 0])
+        for s, rows in (("train", table[~valid]), ("valid", table[valid]),
+                        ("test", tables[view + "_te"])):
+            assert_close(splits[s].xs[i], cut(rows, table[~valid], tokens), 1e-5)
+            assert splits[s].mask.shape == (3, len(rows), tokens) and splits[s].mask.all()
+
+
+def mmimdb(path, clips=(6, 3, 4), **change):
+    rng = np.random.default_rng(0)
+    content = {"features": rng.standard_normal((sum(clips), 10)).astype(np.float32),
+               "vgg_features": rng.standard_normal((sum(clips), 16)).astype(np.float32),
+               "genres": (rng.random((sum(clips), 23)) < 0.3).astype(np.int32), **change}
+    with h5py.File(path, "w") as file:
+        for name, value in content.items():
+            if value is not None:
+                file[name] = value
+    return content
+
+
+def test_an_mmimdb_file_is_split_by_its_order_and_cut_into_steps(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.SPECS, "mmimdb", data.SPECS["mmimdb"]._replace(clips=(6, 3, 4)))
+    content = mmimdb(tmp_path / "a.hdf5")
+    splits = data.load("mmimdb", tmp_path, tokens=4).splits
+    for s, rows in zip(data.SPLITS, (slice(0, 6), slice(6, 9), slice(9, 13))):
+        assert (splits[s].y == content["genres"][rows]).all() and splits[s].y.dtype == np.float32
+        for x, name in zip(splits[s].xs, ("features", "vgg_features")):
+            assert_close(x, cut(content[name][rows], content[name][:6], 4), 1e-5)
+
+
+def damaged_vectors():
+    def put(name, text):
+        return lambda path: (path / name).write_text(text)
+
+    one = np.ones((13, 3), np.float32)
+    return {
+        "no folder": ("rosmap", None, "no such folder"),
+        "no view": ("rosmap", lambda path: (path / "2_te.csv").unlink(), "has no 2_te.csv"),
+        "ragged": ("rosmap", put("1_tr.csv", "1,2\n1\n"), "1_tr.csv is empty, ragged"),
+        "words": ("rosmap", put("3_te.csv", "a,b\nc,d\n"), "3_te.csv is empty, ragged"),
+        "empty csv": ("brca", put("labels_te.csv", ""), "labels_te.csv is empty"),
+        "label": ("rosmap", put("labels_te.csv", "0\n1\n2\n" * 3), "from 0 to 1"),
+        "no number": ("rosmap", put("labels_te.csv", "nan\n" * 7), "from 0 to 1"),
+        "two labels": ("rosmap", put("labels_te.csv", "0,1\n" * 7), "one class"),
+        "rows": ("rosmap", put("labels_te.csv", "0\n1\n"), "2 rows as the labels have"),
+        "no genres": ("mmimdb", dict(genres=None), "has no 'genres'"),
+        "genres": ("mmimdb", dict(genres=one), "expected 23 columns"),
+        "text": ("mmimdb", dict(features=np.array([b"a"] * 13)), "expected a table of numbers"),
+        "few": ("mmimdb", dict(features=one[:5]), "have [5, 13, 13] rows, expected 13"),
+        "no HDF5": ("mmimdb", b"hello, world", "not a complete HDF5 file"),
+        "empty HDF5": ("mmimdb", b"", "is empty")}
+
+
+@pytest.mark.parametrize("kind", damaged_vectors())
+def test_damaged_tables_are_one_line_and_exit_code_2(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data.SPECS, "mmimdb", data.SPECS["mmimdb"]._replace(clips=(6, 3, 4)))
+    (name, damage, message), path = damaged_vectors()[kind], Path("a")
+    if name != "mmimdb":
+        if damage:
+            mogonet(path)
+            damage(path)
+    elif isinstance(damage, bytes):
+        path.write_bytes(damage)
+    else:
+        mmimdb(path, **damage)
+    assert train.main(["--dataset", name, "--data", "a"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and message in printed.err
+    assert os.listdir() == ["a"] * path.exists()
+
+
 def test_a_stream_without_a_real_frame_is_absent_and_length_is_obeyed(tmp_path):
     content = mmsa()
     content["valid"]["audio"][2], content["valid"]["audio_lengths"][2] = 0, 0
@@ -904,11 +1029,44 @@ def test_metrics_are_those_of_mmsa_worked_out_by_hand():
     assert got["MAE"] == pytest.approx((0.2 + 0.15 + 0.05 + 0.4 + 0.4 + 0.3) / 6)
 
 
+def test_metrics_of_classes_are_worked_out_by_hand():
+    def logits(classes, width):
+        return np.eye(width)[classes] - 0.5
+
+    true, pred = np.array([0, 0, 1, 1, 1, 2]), [0, 1, 1, 1, 0, 0]        # 2 is never predicted
+    got = train.class_metrics(logits(pred, 4), true)                     # 3 does not occur at all
+    # F1: of 0 2*1/(2+3), of 1 2*2/(3+3), of 2 0
+    assert got["Acc"] == pytest.approx(3 / 6)
+    assert got["weighted F1"] == pytest.approx((2 * 0.4 + 3 * 2 / 3) / 6)
+    assert got["macro F1"] == pytest.approx((0.4 + 2 / 3) / 3)
+
+    true = np.array([0, 0, 1, 2, 2, 2])
+    scores = np.array([[3, 9, 1], [1, 0, 2], [0, 5, 0], [0, 1, 2], [0, 9, 1], [2, 0, 1.]])
+    got = train.sentiment_metrics(scores, true)
+    # of three: predicted 1 2 1 2 1 0: right 2 of 6; F1 of 0 0, of 1 2/4, of 2 2*1/(3+2)
+    assert (got["Acc-3"], got["F1-3"]) == (pytest.approx(2 / 6), pytest.approx((0.5 + 3 * 0.4) / 6))
+    # negative or positive, 5 clips: true - - + + +, predicted - + + + -: F1 2/4 and 4/6
+    assert got["Acc-2"] == pytest.approx(3 / 5)
+    assert got["F1"] == pytest.approx((2 * 0.5 + 3 * 2 / 3) / 5)
+    # MMSA: true 0 0 2 2 2 against 0 1 1 1 0
+    assert (got["Acc-2 MMSA"], got["F1 MMSA"]) == (pytest.approx(1 / 5), pytest.approx(2 * 0.5 / 5))
+
+    true = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0]])        # the last label: all zero
+    pred = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 0], [0, 0, 0]])
+    got = train.label_metrics(pred - 0.5, true.astype(np.float32))
+    # micro: hits 2, named 4 + 3; macro: 2*1/(2+1), 2*1/(2+2), 0
+    assert got == pytest.approx({"micro F1": 4 / 7, "macro F1": (2 / 3 + 1 / 2) / 3})
+
+
 def test_metrics_of_degenerate_predictions_are_numbers_or_nan():
     zeros = np.zeros(5)
     got = train.regression_metrics(zeros, zeros, 3)
     assert np.isnan(got["Acc-2"]) and np.isnan(got["Corr"]) and got["MAE"] == 0 == 1 - got["Acc-7"]
     assert np.isnan(train.regression_metrics(zeros, np.arange(5.), 1)["Corr"])
+    none = np.zeros((5, 3), np.float32)
+    assert train.label_metrics(none, none) == {"micro F1": 0, "macro F1": 0}
+    got = train.sentiment_metrics(none, np.ones(5, int))                 # every clip is neutral
+    assert np.isnan(got["Acc-2"]) and got["Acc-3"] == 0 and got["F1-3"] == 0
 
 
 TINY = ["--d-model", "8", "--layers", "1", "--d-state", "4", "--batch-size", "4"]
@@ -934,11 +1092,12 @@ def test_a_run_leaves_its_files_whole_and_chooses_the_epoch_on_valid(tmp_path, c
         assert len(log) == 6
         assert min(log, key=lambda row: row["valid"]["MAE"])["epoch"] == a["epoch"]
     saved = torch.load(out / "seed0.pt", weights_only=True)
-    model = train.make_model(saved["config"], saved["d_inputs"])
+    model = train.make_model(saved["config"], saved["d_inputs"], saved["d_output"])
     model.load_state_dict(saved["weights"])
     test = data.load("mosi", tmp_path / "a.pkl").splits["test"]
     stored = np.load(out / "seed0.npz")
-    assert_close(train.predict(model, test, 4, torch.device("cpu")), stored["prediction"], 1e-5)
+    predicted = train.predict(model, test, saved["config"], torch.device("cpu"))
+    assert_close(predicted, stored["prediction"], 1e-5)
     assert (stored["target"] == test.y).all()
     maes = [r["test"]["MAE"] for r in results[1]["seeds"]]
     assert results[1]["mean"]["MAE"] == pytest.approx(np.mean(maes))
@@ -957,6 +1116,8 @@ def test_a_run_without_data_says_synthetic_on_every_line(tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize("wrong", [["--data", "nowhere.pkl"], ["--epochs", "0"], ["--lr", "-1"],
+                                   ["--tokens", "5"], ["--drop", "mrna"],
+                                   ["--drop", "text", "audio", "vision"],
                                    ["--dropout", "1"], ["--fusion", "x"], ["--device", "cuda"]])
 def test_a_wrong_command_is_refused_with_code_2(wrong, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -976,6 +1137,156 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     with pytest.raises(ZeroDivisionError):
         train.write_whole(path, lambda file: (file.write(b"half"), 1 / 0))
     assert json.loads(path.read_text()) == {"a": 1} and os.listdir(tmp_path) == ["results.json"]
+
+
+@pytest.mark.parametrize("name, task", [(name, task) for name, spec in data.SPECS.items()
+                                        for task in spec.tasks])
+def test_every_fusion_runs_on_the_stand_in_of_every_dataset_in_every_task(
+        name, task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "SMALL_CLIPS", (12, 6, 6))
+    for fusion in ("coupled", "mamba", "average", "concat", "attention"):
+        out = tmp_path / fusion
+        assert train.main(["--dataset", name, "--task", task, "--fusion", fusion, "--epochs", "1",
+                           "--missing-rate", "0.5", "--drop", "text" if name[0] in "ms" else "mrna",
+                           "--out", str(out), *TINY]) == 0
+        result = json.loads((out / "results.json").read_text())
+        first = {"regression": "Acc-2", "classification": "Acc-2" if data.SPECS[name].scale else
+                 "micro F1" if name == "mmimdb" else "Acc"}[task]
+        assert list(result["mean"])[0] == list(result["mean_dropped"])[0] == first
+        assert result["mean"] != result["mean_dropped"]
+
+
+def test_what_is_missing_is_the_same_for_every_model_and_of_the_rate_asked_for():
+    whole, *holes = (data.synthetic("sims", clips=(20, 10, 10)) for _ in range(3))
+    for dataset in holes:
+        data.with_missing(dataset, 0.3)
+    for s in data.SPLITS:
+        for x, a, b in zip(*(d.splits[s].xs for d in (whole, *holes))):
+            assert (a == b).all() and ((a == 0) | (a == x)).all()
+            assert abs((a == 0).mean() - 0.3) < 0.01
+
+
+def small_model(fusion, seed=0, **more):
+    torch.manual_seed(seed)
+    config = dict(train.PAPER, d_model=8, layers=2, d_state=4, fusion=fusion, coupling="mean",
+                  no_mix=False, pooling="max", mode="auto", **more)
+    return train.make_model(config, (5, 3, 4), 2).double()
+
+
+@given(st.sampled_from(["average", "concat", "attention"]), st.integers(0, 99), GARBAGE)
+def test_the_other_fusions_never_read_what_is_absent(fusion, seed, garbage):
+    model, (_, xs) = small_model(fusion), model_and_input(seed, l=6)
+    mask = draw_mask(xs, seed)
+    filled = [[torch.where(k[..., None], x, fill) for x, k in zip(xs, mask)]
+              for fill in (0., garbage)]
+    assert_close(model(filled[1], mask), model(filled[0], mask), 1e-9)
+    padded = [F.pad(x, (0, 0, 0, 4), value=garbage) for x in xs]
+    there = torch.ones(3, 2, 10, dtype=torch.bool)
+    there[:, :, 6:] = False
+    assert_close(model(padded, there), model(xs), 1e-9)
+
+
+def test_explicit_attention_is_the_fused_one_and_reads_every_step_of_the_others():
+    model, (_, xs) = small_model("attention"), model_and_input(l=6)
+    mask = draw_mask(xs, 3)
+    outs = []
+    for explicit in (False, True):
+        for block in model.blocks:
+            block.explicit = explicit
+        outs.append(torch.stack([model(xs), model(xs, mask)]))
+    assert_close(outs[1], outs[0], 1e-9)
+    block = model.blocks[0]
+    f = torch.randn(3, 1, 6, 8, dtype=torch.float64, requires_grad=True)
+    reads = torch.autograd.grad(block(f)[0][0, 0, 2].sum(), f)[0].abs().sum((1, 3)) > 0
+    assert reads[1:].all() and reads[0].tolist() == [j == 2 for j in range(6)]
+
+
+RUN = ["--dataset", "mosi", "--data", "a.pkl", "--epochs", "5", "--dropout", "0.2", "--lr", "0.01",
+       *TINY]
+
+
+def results_of(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.suffix != ".jsonl"}
+
+
+def command(*arguments):
+    return [sys.executable, str(HERE / "train.py"), *arguments]
+
+
+def test_a_killed_run_resumes_to_the_bit_and_a_repeated_one_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path("a.pkl"), mmsa(clips=(200, 20, 20)))
+    run_it = [*RUN, "--seeds", "2"]
+    for out in ("whole", "again"):
+        subprocess.run(command(*run_it, "--out", out), check=True, stdout=subprocess.DEVNULL)
+    for log, epochs in (("seed0.jsonl", 2), ("seed1.jsonl", 1)):
+        victim = subprocess.Popen(command(*run_it, "--out", "killed", "--resume"),
+                                  stdout=subprocess.DEVNULL)
+        path = Path("killed") / log
+        while victim.poll() is None and (not path.exists() or
+                                         path.read_text().count("\n") < epochs):
+            pass
+        time.sleep(0.02)                         # into the next epoch
+        victim.kill()
+        assert victim.wait() == -9 and not (Path("killed") / "seed1.pt").exists()
+    subprocess.run(command(*run_it, "--out", "killed", "--resume"), check=True,
+                   stdout=subprocess.DEVNULL)
+    assert set(results_of("whole")) == {"results.json"} | {f"seed{k}.{e}" for k in "01"
+                                                           for e in ("pt", "npz")}
+    assert results_of("whole") == results_of("again")
+    assert results_of("whole") == results_of("killed")
+    for wrong in (["--lr", "0.02"], ["--layers", "2"]):      # of another run: refused, not mixed
+        failed = subprocess.run(command(*run_it, *wrong, "--out", "killed", "--resume"),
+                                capture_output=True, text=True)
+        assert failed.returncode == 2 and "give the same options" in failed.stderr
+    assert results_of("whole") == results_of("killed")
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path("a.pkl"), mmsa(clips=(13, 6, 6)))             # the last batch: one clip for two
+    run_it = [*RUN, "--dropout", "0", "--seeds", "1"]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                    "--master_port=29555", *command(*run_it, "--out", "two")[1:]], check=True,
+                   capture_output=True)
+    subprocess.run(command(*run_it, "--out", "one", "--batch-size", "8"), check=True,
+                   capture_output=True)
+    assert sorted(os.listdir("one")) == sorted(os.listdir("two"))
+    one, two = ([json.loads(line) for line in (Path(out) / "seed0.jsonl").read_text().splitlines()]
+                for out in ("one", "two"))
+    assert len(one) == len(two) == 5
+    for a, b in zip(one, two):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["valid"]["MAE"] == pytest.approx(a["valid"]["MAE"], rel=1e-3)
+
+
+def test_workers_autocast_and_compile_change_how_and_not_what(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path("a.pkl"), mmsa(clips=(12, 6, 6)))
+    compile_it = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compile_it(m, backend="eager"))
+    maes = []
+    for how in ([], ["--workers", "2"], ["--compile"], ["--amp"]):
+        assert train.main([*RUN, "--seeds", "1", "--epochs", "2", "--out", "o", *how]) == 0
+        maes.append(json.loads(Path("o/results.json").read_text())["mean"]["MAE"])
+    assert maes[0] == maes[1] == pytest.approx(maes[2], rel=1e-5)
+    assert maes[0] != maes[3] == pytest.approx(maes[0], rel=0.05)
+
+
+def test_rarer_classes_weigh_more():
+    got = train.class_weights(np.array([0, 0, 0, 1]))
+    assert got.tolist() == pytest.approx([4 / 6, 4 / 2])
+    got = train.class_weights(np.array([[1, 0], [1, 1], [1, 0], [0, 0]], np.float32))
+    assert got.tolist() == pytest.approx([1 / 3, 3])
+
+
+def test_help_explains_every_option_with_its_default():
+    done = subprocess.run(command("--help"), capture_output=True, text=True, check=True)
+    options = re.split(r"\n  (?=--)", done.stdout)[1:]
+    assert len(options) > 30
+    for option in options:
+        assert "(default:" in option or option.startswith("--dataset"), option
 
 
 # ----------------------------------------------------------------------------- README
