@@ -56,8 +56,8 @@ SPECS = {
                   3.),
     "sims": Spec("mmsa", "unaligned_39.pkl", MODALITIES, (768, 33, 709), (1368, 456, 457), 3, 1.),
     "simsv2": Spec("mmsa", "unaligned.pkl", MODALITIES, (768, 25, 177), (2722, 647, 1034), 3, 1.),
-    "brca": Spec("mogonet", "", OMICS, (1000, 1000, 503), (490, 122, 263), 5),
-    "rosmap": Spec("mogonet", "", OMICS, (200, 200, 200), (196, 49, 106), 2),
+    "brca": Spec("mogonet", "labels_tr.csv", OMICS, (1000, 1000, 503), (490, 122, 263), 5),
+    "rosmap": Spec("mogonet", "labels_tr.csv", OMICS, (200, 200, 200), (196, 49, 106), 2),
     "mmimdb": Spec("mmimdb", "multimodal_imdb.hdf5", ("text", "image"), (300, 4096),
                    (15552, 2608, 7799), 23)}
 TOKENS = 20
@@ -89,14 +89,16 @@ def load(name, path, length=None, task=None, tokens=TOKENS):
     """
     spec, path = SPECS[name], Path(path)
     task = task or spec.tasks[0]
-    path = _find(name, path) if spec.file else path
+    path = _find(name, path)
     what, read = LAYOUTS[spec.layout]
     try:
         return Dataset(name, False, read(path, spec, task, length, tokens))
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
+    except (PermissionError, ImportError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
     except Exception as error:          # damage can surface as nearly any exception
-        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = f"{type(error).__name__}: " + str(error).split("\n")[0]
         raise DataError(f"{path} is not a complete {what} ({reason}): fetch it again and compare "
                         "it with what its publisher says of it") from None
 
@@ -108,15 +110,16 @@ def default_path(name):
 def how_to_get(name):
     layout, file = SPECS[name].layout, SPECS[name].file
     steps = {"mmsa": f"download its feature file {file} by the links on the page of the MMSA "
-                     "project (https://github.com/thuiar/MMSA, section Datasets) and put it there",
-             "mogonet": f"copy {name.upper()} of https://github.com/txWang/MOGONET there",
-             "mmimdb": f"download {file} by the link on https://github.com/johnarevalo/gmu-mmimdb "
-                       "and put it there"}[layout]
-    return (f"No data at {default_path(name)}. To train on the real {name.upper()}, {steps}, or "
-            "name it with --data.")
+                     "project (https://github.com/thuiar/MMSA, section Datasets)",
+             "mogonet": f"copy the folder {name.upper()} of https://github.com/txWang/MOGONET",
+             "mmimdb": f"download {file} by the link on https://github.com/johnarevalo/gmu-mmimdb"}
+    return (f"To train on the real {name.upper()}, {steps[layout]} to {default_path(name).parent}, "
+            "or name it with --data.")
 
 
 def _find(name, path):
+    if SPECS[name].layout == "mogonet":
+        return path.parent if path.name == SPECS[name].file else path
     if path.is_dir():
         file = SPECS[name].file
         kind = Path(file).suffix
@@ -257,9 +260,9 @@ def _mmsa(path, spec, task, length, tokens):
         if len({x.shape[2] for x in same}) > 1:
             raise DataError(f"{m} has widths {[x.shape[2] for x in same]} in the splits, not one")
     length = length or min(50, max(x.shape[1] for split in raw.values() for x in split))
-    splits = {}
+    own, splits = any("classification_labels" in content[s] for s in SPLITS), {}
     for s in SPLITS:
-        y, xs, present = _labels(content[s], s, task, spec.classes), [], []
+        y, xs, present = _labels(content[s], s, task, spec.classes, own), [], []
         for m, x in zip(MODALITIES, raw[s]):
             if len(x) != len(y):
                 raise DataError(f"{s}/{m} has {len(x)} clips and there are {len(y)} labels")
@@ -282,7 +285,7 @@ def _features(split, s, m):
     return x
 
 
-def _labels(split, s, task, classes):
+def _labels(split, s, task, classes, own):
     if "regression_labels" not in split:
         raise DataError(f"split {s} has no 'regression_labels', only {str(list(split))[:80]}")
     with np.errstate(over="ignore"):
@@ -294,8 +297,10 @@ def _labels(split, s, task, classes):
                         "NaN or infinite, expected numbers: remove those clips")
     if task == "regression":
         return y
-    if "classification_labels" not in split:
+    if not own:
         return np.sign(y).astype(np.int64) + 1               # negative, neutral, positive
+    if "classification_labels" not in split:
+        raise DataError(f"split {s} has no 'classification_labels', and another split has")
     y = _array(split["classification_labels"], f"{s}/classification_labels")
     return _classes(y, classes, f"{s}/classification_labels")
 
@@ -332,7 +337,7 @@ def _resample(x, given, length):
     out, present = np.empty((clips, length, width), np.float32), np.empty(clips, bool)
     block = max(1, (1 << 22) // (frames * width))            # bounds the work space to some 100 MB
     for i in range(0, clips, block):
-        piece = np.nan_to_num(x[i:i + block].astype(np.float64), nan=0., posinf=0., neginf=0.)
+        piece = _finite(x[i:i + block].astype(np.float64))
         real = (piece != 0).any(2) if given is None else given[i:i + block]
         start, stop = real.argmax(1), frames - real[:, ::-1].argmax(1)
         present[i:i + block] = real.any(1)
@@ -343,6 +348,11 @@ def _resample(x, given, length):
                  - np.take_along_axis(total, first[..., None], 1)) / (last - first)[..., None]
         out[i:i + block] = np.where(real.any(1)[:, None, None], means, 0)
     return out, present
+
+
+def _finite(x):
+    """0 in place of NaN, infinities and what would become infinite in float32."""
+    return np.where(np.abs(x) <= np.finfo(np.float32).max, x, 0)
 
 
 def standardise(splits):
@@ -364,7 +374,7 @@ def standardise(splits):
 # ----------------------------------------------------------------------------- vectors
 def _mogonet(path, spec, task, length, tokens):
     if not path.is_dir():
-        raise DataError("there is no such folder, expected one with 1_tr.csv ... labels_te.csv")
+        raise DataError("is no folder, expected one with 1_tr.csv ... labels_te.csv")
     names = [f"{view}_{part}" for part in ("tr", "te") for view in (1, 2, 3, "labels")]
     missing = [name + ".csv" for name in names if not (path / (name + ".csv")).is_file()]
     if missing:
@@ -380,6 +390,9 @@ def _mogonet(path, spec, task, length, tokens):
                             f"{shapes['te']}, expected one width, and {len(y['tr'])} and "
                             f"{len(y['te'])} rows as the labels have")
     valid = _stratified(y["tr"])
+    if not valid.any():
+        raise DataError(f"has {len(valid)} training rows, too few of each class to keep a fifth "
+                        "for validation")
     rows = {"train": ("tr", ~valid), "valid": ("tr", valid), "test": ("te", slice(None))}
     return _cut({s: ([tables[f"{view}_{part}"][r] for view in (1, 2, 3)], y[part][r])
                  for s, (part, r) in rows.items()}, tokens)
@@ -389,11 +402,14 @@ def _csv(file):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")                   # an empty file is only a warning
-            return np.loadtxt(file, np.float64, delimiter=",", ndmin=2)
+            table = np.loadtxt(file, np.float64, delimiter=",", ndmin=2, encoding="utf-8-sig")
     except (ValueError, UserWarning) as error:
         raise DataError(f"{file.name} is empty, ragged or not numeric "
                         f"({str(error).split(';')[0][:80]}), expected rows of numbers between "
                         "commas") from None
+    if not np.isfinite(table).all():
+        raise DataError(f"{file.name} holds values that are NaN or infinite, expected numbers")
+    return table
 
 
 def _stratified(y, share=0.2, seed=0):
@@ -412,7 +428,8 @@ def _mmimdb(path, spec, task, length, tokens):
         for name in ("features", "vgg_features", "genres"):
             if not isinstance(file.get(name), h5py.Dataset):
                 raise DataError(f"has no {name!r}, only {str(list(file))[:80]}")
-            if file[name].ndim != 2 or file[name].dtype.kind not in "biuf":
+            if file[name].ndim != 2 or 0 in file[name].shape or \
+                    file[name].dtype.kind not in "biuf":
                 raise DataError(f"{name} is {file[name].dtype} of shape {file[name].shape}, "
                                 "expected a table of numbers")
             raw[name] = file[name][:]
@@ -433,7 +450,7 @@ def _cut(parts, tokens):
     """Per split a list of (N, width) and y -> splits of (N, tokens, ceil(width / tokens))."""
     splits = {}
     for s, (xs, y) in parts.items():
-        xs = [np.where(np.isfinite(x), x, 0)[:, None].astype(np.float32) for x in xs]
+        xs = [_finite(x)[:, None].astype(np.float32) for x in xs]
         splits[s] = Split(xs, np.ones((len(xs), len(y), 1), bool), y)
     standardise(splits)
     for split in splits.values():

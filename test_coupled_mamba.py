@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -339,6 +340,27 @@ def test_the_model_takes_the_kernel_compiled_under_autocast_and_in_several_block
     p = on_device(problem(**sizes(m=1, b=1, l=3, dtype=torch.float32)))
     arguments = [v.requires_grad_() for v in p.values()]
     torch.library.opcheck(kernel._scan, (*arguments, True))
+
+
+@triton_only
+def test_the_kernel_serves_one_output_alone_and_checkpoints_and_batches_of_any_size():
+    p = {k: v.requires_grad_() for k, v in on_device(problem(**sizes(l=3))).items()}
+    for i in (0, 1):
+        expected, got = (torch.autograd.grad(f(**p)[i].sum(), list(p.values()), allow_unused=True)
+                         for f in (coupled_scan, kernel.triton_coupled_scan))
+        for a, b in zip(expected, got):
+            assert_close(b, torch.zeros_like(b) if a is None else a, 1e-10)
+    y = checkpoint(
+        lambda *v: kernel.triton_coupled_scan(*v)[0], *p.values(), use_reentrant=False)
+    assert_close(torch.autograd.grad(y.sum(), p["x"])[0], torch.autograd.grad(
+        coupled_scan(**p)[0].sum(), p["x"])[0], 1e-10)
+    graphs = []
+    f = torch.compile(kernel.triton_coupled_scan, dynamic=True,
+                      backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for b in (2, 3, 4):
+        q = on_device(problem(**sizes(b=b, l=3)))
+        assert_close(f(**q)[0], coupled_scan(**q)[0], 1e-10)
+    assert len(graphs) == 1
 
 
 def test_the_kernel_is_chosen_for_a_gpu_with_triton_and_for_nothing_else(monkeypatch):
@@ -847,13 +869,13 @@ def damaged_vectors():
 
     one = np.ones((13, 3), np.float32)
     return {
-        "no folder": ("rosmap", None, "no such folder"),
+        "no folder": ("rosmap", None, "is no folder"),
         "no view": ("rosmap", lambda path: (path / "2_te.csv").unlink(), "has no 2_te.csv"),
         "ragged": ("rosmap", put("1_tr.csv", "1,2\n1\n"), "1_tr.csv is empty, ragged"),
         "words": ("rosmap", put("3_te.csv", "a,b\nc,d\n"), "3_te.csv is empty, ragged"),
         "empty csv": ("brca", put("labels_te.csv", ""), "labels_te.csv is empty"),
         "label": ("rosmap", put("labels_te.csv", "0\n1\n2\n" * 3), "from 0 to 1"),
-        "no number": ("rosmap", put("labels_te.csv", "nan\n" * 7), "from 0 to 1"),
+        "no number": ("rosmap", put("labels_te.csv", "nan\n" * 7), "NaN"),
         "two labels": ("rosmap", put("labels_te.csv", "0,1\n" * 7), "one class"),
         "rows": ("rosmap", put("labels_te.csv", "0\n1\n"), "2 rows as the labels have"),
         "no genres": ("mmimdb", dict(genres=None), "has no 'genres'"),
@@ -1275,9 +1297,9 @@ def test_workers_autocast_and_compile_change_how_and_not_what(tmp_path, monkeypa
 
 
 def test_rarer_classes_weigh_more():
-    got = train.class_weights(np.array([0, 0, 0, 1]))
-    assert got.tolist() == pytest.approx([4 / 6, 4 / 2])
-    got = train.class_weights(np.array([[1, 0], [1, 1], [1, 0], [0, 0]], np.float32))
+    got = train.class_weights(np.array([0, 0, 0, 1]), 3)
+    assert got.tolist() == pytest.approx([4 / 6, 4 / 2, 4 / 2])
+    got = train.class_weights(np.array([[1, 0], [1, 1], [1, 0], [0, 0]], np.float32), 2)
     assert got.tolist() == pytest.approx([1 / 3, 3])
 
 

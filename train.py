@@ -11,8 +11,11 @@ import argparse
 import json
 import os
 import platform
+import re
+import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +55,7 @@ def accuracy_f1(true, pred):
 
 def regression_metrics(pred, true, scale):
     """The metrics of MMSA for labels in [-scale, scale]: 3 for mosi, mosei; 1 for sims, simsv2."""
-    pred, true = pred.astype(np.float64), true.astype(np.float64)
+    pred, true = (v.astype(np.float32).astype(np.float64) for v in (pred, true))
     metrics = {}
     if scale == 3:
         some = true != 0
@@ -66,7 +69,8 @@ def regression_metrics(pred, true, scale):
         pred, true = pred.clip(-1, 1), true.clip(-1, 1)
         metrics["Acc-2"], metrics["F1"], _ = accuracy_f1(true > 0, pred > 0)
         for classes, cuts in ((3, (-0.1, 0.1)), (5, (-0.7, -0.1, 0.1, 0.7))):
-            # a value on a cut belongs to the class below it
+            # a value on a cut belongs to the class below it; both as float32 has them
+            cuts = np.float32(cuts).astype(np.float64)
             same = np.searchsorted(cuts, true) == np.searchsorted(cuts, pred)
             metrics[f"Acc-{classes}"] = float(np.mean(same))
     metrics["MAE"] = float(np.mean(np.abs(pred - true)))
@@ -282,7 +286,8 @@ def predict(model, split, config, device, drop=()):
 def train_epoch(model, optimizer, split, order, config, device, progress):
     """Mean loss. With several processes each takes its share of every WORLD * batch_size clips."""
     model.train()
-    weights = class_weights(split.y).to(device) if config["class_weights"] else None
+    classes = data.SPECS[config["dataset"]].classes
+    weights = class_weights(split.y, classes).to(device) if config["class_weights"] else None
     together = [order[i:i + config["batch_size"] * WORLD]
                 for i in range(0, len(order), config["batch_size"] * WORLD)]
     shares = [rows[RANK::WORLD] if len(rows) > RANK else rows[:1] for rows in together]
@@ -301,12 +306,13 @@ def train_epoch(model, optimizer, split, order, config, device, progress):
     return total.item() / len(order)
 
 
-def class_weights(y):
+def class_weights(y, classes):
     """Rarer classes weigh more: N / (classes * count). Of several labels each: absent / present."""
     if y.ndim == 2:
         return torch.from_numpy((1 - y).sum(0) / y.sum(0).clip(min=1))
-    counts = np.bincount(y)
-    return torch.from_numpy((len(y) / (len(counts) * counts.clip(min=1))).astype(np.float32))
+    counts = np.bincount(y, minlength=classes)
+    weights = len(y) / ((counts > 0).sum() * counts.clip(min=1))
+    return torch.from_numpy(weights.astype(np.float32))
 
 
 def decide(function):
@@ -334,16 +340,25 @@ def run_seed(seed, config, dataset, device, out, say, resume=False):
     chosen = "MAE" if config["task"] == "regression" else "loss"
     best, log, first, started, kept = None, [], 1, time.time(), out / f"seed{seed}.resume"
     if resume and kept.exists():
-        state = load_state(kept)
-        same_run(kept, state["config"], config)
-        model.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        best, log, first = state["best"], state["log"], len(state["log"]) + 1
-        started -= log[-1]["seconds"]
+        try:
+            state = torch.load(kept, weights_only=True, map_location="cpu")
+            same_run(kept, state["config"], config)
+            best, log, first = state["best"], state["log"], len(state["log"]) + 1
+            started -= log[-1]["seconds"]
+            model.load_state_dict(state["weights"])
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
+        except data.DataError:
+            raise
+        except Exception:
+            raise data.DataError(f"{kept} is damaged: delete it to train this seed from its start"
+                                 ) from None
         say(f"seed {seed}  resumed after epoch {len(log)}")
     if config["compile"]:
-        model.compile()
+        if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            say("--compile: no C++ compiler found (set CXX): going on without")
+        else:
+            model.compile()
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
     def progress(done, total, whole):
@@ -355,11 +370,11 @@ def run_seed(seed, config, dataset, device, out, say, resume=False):
         if log and over(log, best, config):
             break
         order = np.random.default_rng((seed, epoch)).permutation(len(train.y))
-        torch.manual_seed(seed * 10 ** 5 + epoch)
+        torch.manual_seed((seed * 10 ** 5 + epoch) * WORLD + RANK)           # dropout
         loss = train_epoch(parallel, optimizer, train, order, config, device, progress)
         scheduler.step()
         metrics = decide(lambda: measure(predict(model, valid, config, device), valid.y, spec))
-        better = best is None or metrics[chosen] < best["metric"]
+        better = best is None or metrics[chosen] < best["metric"] or np.isnan(best["metric"])
         if better:
             best = {"weights": {k: v.detach().cpu().clone() for k, v in model.state_dict().items()},
                     "epoch": epoch, "metric": metrics[chosen]}
@@ -374,8 +389,8 @@ def run_seed(seed, config, dataset, device, out, say, resume=False):
                      "scheduler": scheduler.state_dict(), "best": best, "log": log,
                      "config": config}
             write_whole(kept, lambda file: torch.save(state, file))
-    if not np.isfinite(log[-1]["loss"]):
-        say(f"seed {seed}  the loss is {log[-1]['loss']}: training has diverged"
+    if diverged(log):
+        say(f"seed {seed}  loss {log[-1]['loss']}, valid {best['metric']}: training has diverged"
             + (" (the paper's plain sum does; --coupling mean does not)"
                if config["coupling"] == "sum" else ", a smaller --lr may help"))
 
@@ -396,23 +411,20 @@ def run_seed(seed, config, dataset, device, out, say, resume=False):
                                                                "numpy": np.__version__}}
     if RANK == 0:
         write_whole(out / f"seed{seed}.npz",
-                    lambda file: np.savez(file, prediction=prediction, target=test.y))
+                    lambda file: np.savez(file, prediction=prediction, target=test.y,
+                                          synthetic=dataset.synthetic))
         write_whole(out / f"seed{seed}.pt", lambda file: torch.save(checkpoint, file))
     return results
 
 
+def diverged(log):
+    valid = log[-1]["valid"]
+    return not np.isfinite([log[-1]["loss"], valid.get("MAE", valid.get("loss"))]).all()
+
+
 def over(log, best, config):
     """Whether training ends before its last epoch: it diverged, or --patience is exhausted."""
-    waited = len(log) - best["epoch"]
-    return not np.isfinite(log[-1]["loss"]) or 0 < config["patience"] <= waited
-
-
-def load_state(path):
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise data.DataError(f"{path} cannot be read ({str(error).splitlines()[0][:80]}): delete "
-                             "it to train this seed from its start") from None
+    return diverged(log) or 0 < config["patience"] <= len(log) - best["epoch"]
 
 
 def show(metrics, most=None):
@@ -432,15 +444,18 @@ def run(config, dataset, out, say, resume=False):
         torch.cuda.set_device(device)
     environment = {"device": torch.cuda.get_device_name() if device.type == "cuda" else
                    f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)",
-                   "processes": WORLD, "torch": str(torch.__version__), "numpy": np.__version__,
+                   "torch": str(torch.__version__), "numpy": np.__version__,
                    "python": platform.python_version(), "system": platform.system()}
     report = {"dataset": dataset.name, "synthetic": dataset.synthetic, "task": config["task"],
               "config": config, "environment": environment, "seeds": []}
     if resume:
         report["seeds"] = finished(out, config)
     elif RANK == 0:
-        for old in out.glob("seed*.resume"):
-            old.unlink()
+        for old in out.glob("seed*"):            # of an earlier run
+            if re.fullmatch(r"seed\d+\.(resume|pt|npz|jsonl)", old.name):
+                old.unlink()
+    if RANK == 0:
+        write_json(out / "results.json", report)             # now, so that --out is seen to work
     model = make_model(config, [x.shape[2] for x in dataset.splits["train"].xs], width_of(dataset))
     say("config: " + "  ".join(f"{k}={v}" for k, v in config.items()))
     for s, split in dataset.splits.items():
@@ -475,25 +490,34 @@ def finished(out, config):
         return []
     try:
         report = json.loads(path.read_text())
-        theirs, seeds = report["config"], report["seeds"]
-        for part in (part for r in seeds for part in r.values() if isinstance(part, dict)):
-            part.update({k: float("nan") for k, v in part.items() if v is None})
-    except (ValueError, KeyError, TypeError, AttributeError):
+        theirs, seeds = dict(report["config"]), report["seeds"]
+        if len({int(r["seed"]) for r in seeds}) != len(seeds):
+            raise ValueError
+        for r in seeds:
+            for part in r.keys() - {"seed", "epoch"} | {"valid", "test"}:
+                r[part] = {k: float("nan") if v is None else float(v) for k, v in r[part].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise data.DataError(f"{path} is no result of this program: give another --out") from None
     same_run(path, theirs, config)
     return seeds
 
 
 def same_run(path, theirs, config):
-    for k in config.keys() - {"seeds", "workers"}:
-        if theirs.get(k) != config[k]:
+    """Raise unless `config` is that of the run at `path`, up to more seeds and other workers."""
+    for k in sorted(config.keys() - {"workers"}):
+        if theirs.get(k) != config[k] and not (k == "seeds" and theirs.get(k, 0) < config[k]):
             raise data.DataError(f"{path} is of a run with {k}={theirs.get(k)}, this one has "
                                  f"{config[k]}: give the same options, or another --out")
 
 
 # ----------------------------------------------------------------------------- command line
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                                # one line, without the usage
+        self.exit(2, f"train.py: error: {message}; --help explains every option\n")
+
+
 def parse(argv):
-    p = argparse.ArgumentParser(
+    p = Parser(
         description="Train and evaluate Coupled Mamba. Defaults are the paper's; on the synthetic "
                     "stand-in, what you do not give shrinks to a run of about a minute. Under "
                     "torchrun the processes share every batch of (their number) x --batch-size.")
@@ -514,7 +538,7 @@ def parse(argv):
         number.__name__ = f"{kind.__name__} >= {low}" + (f" and < {below}" if below < 1e99 else "")
         return number
 
-    count, real, share = at_least(int, 1), at_least(float, 0.0), at_least(float, 0.0, 1.0)
+    count, real, share = at_least(int, 1, 10 ** 7), at_least(float, 0.0), at_least(float, 0.0, 1.0)
     names = sorted({name for spec in data.SPECS.values() for name in spec.modalities})
     p.add_argument("--dataset", required=True, choices=list(data.SPECS), help="which dataset")
     option("--data", Path, None, "its file or folder", says="data/<dataset>/, else the stand-in")
@@ -583,15 +607,24 @@ def get_dataset(args, path):
     for option, other in (("length", "tokens"), ("tokens", "length")):
         if args[option] and (spec.layout == "mmsa") != (option == "length"):
             raise data.DataError(f"--{option} is not for {name}: use --{other}")
-    for modality in args["drop"] or ():
-        if modality not in spec.modalities or set(spec.modalities) <= set(args["drop"]):
-            raise data.DataError(f"--drop {' '.join(args['drop'])}: {name} has "
-                                 f"{', '.join(spec.modalities)}, and one must stay")
+    if args["drop"] and not set(args["drop"]) < set(spec.modalities):
+        raise data.DataError(f"--drop {' '.join(args['drop'])}: {name} has "
+                             f"{', '.join(spec.modalities)}, of which one must stay")
+    if args["class_weights"] and task == "regression":
+        raise data.DataError("--class-weights needs --task classification")
     shape = dict(length=args["length"], task=task, tokens=args["tokens"] or data.TOKENS)
     dataset = data.load(name, path, **shape) if path else \
         data.synthetic(name, clips=tuple(map(min, spec.clips, SMALL_CLIPS)), **shape)
     data.with_missing(dataset, args["missing_rate"])
     return dataset
+
+
+def fingerprint(dataset):
+    crc = 0
+    for split in dataset.splits.values():
+        for v in (*split.xs, split.mask, split.y):
+            crc = zlib.crc32(np.ascontiguousarray(v), crc)
+    return f"{crc:08x}"
 
 
 def main(argv=None):
@@ -610,25 +643,34 @@ def main(argv=None):
         given = {k: v for k, v in args.items() if v is not None}
         config = {**args, **PAPER, "batch_size": BATCH[name], **({} if path else SMALL), **given}
         dataset = get_dataset(args, path)
+        steps = "length" if data.SPECS[name].layout == "mmsa" else "tokens"
+        config |= {steps: dataset.splits["train"].xs[0].shape[1], "processes": WORLD,
+                   "data": fingerprint(dataset)}
         if dataset.synthetic:
             clips = "/".join(str(len(split.y)) for split in dataset.splits.values())
             shrunk = " ".join(f"{k}={v}" for k, v in SMALL.items() if args.get(k) is None)
-            say(f"{data.how_to_get(name)} Going on with a synthetic stand-in of the same shapes.")
+            say(f"No data at {data.default_path(name)}. {data.how_to_get(name)} Going on with a "
+                "synthetic stand-in of the same shapes.")
             say(f"shrunk to be quick: {shrunk} and {clips} clips")
         out = out or Path("runs") / f"{name}-{config['fusion']}"
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise data.DataError(f"--out {out} ({error.strerror}): expected a folder") from None
         if WORLD > 1:
             dist.init_process_group("nccl" if args["device"] == "cuda" else "gloo")
         run(config, dataset, out, say, resume)
     except (data.DataError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        if RANK == 0:
+            print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted; the same command with --resume goes on from the last epoch",
               file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(
+                "not enough memory|can't allocate memory", str(error)):
             raise
         print("train.py: error: out of memory: try a smaller --batch-size, --d-model or --length",
               file=sys.stderr)
