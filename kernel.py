@@ -199,7 +199,7 @@ def _backward(x, delta, A, B, C, D, w, start, dy, keep, work, dx, ddelta, dA, dB
 # (numbers of H per program, most modalities): 4 warps keep what belongs to so many numbers in
 # registers, as `python kernel.py` shows; with more modalities a program gets half as many.
 # Instructions per number and modality at n = 64, M = 3 on sm_90, counted in the machine code:
-# forward 11.0; backward 8.8 to recompute and 33.9 to walk back, with dw 8.5 and 36.7.
+# forward 11.1; backward 8.8 to recompute and 33.9 to walk back, with dw 8.3 and 36.4.
 FORWARD, BACKWARD = (2048, 6), (1024, 3)
 WIDE = 2 ** 31                       # tensors of more elements need 64-bit offsets
 
