@@ -1170,8 +1170,8 @@ def test_a_killed_run_resumes_to_the_bit_and_a_repeated_one_is_the_same(folder, 
 def test_two_processes_train_as_one_with_the_doubled_batch(folder):
     mmsa(folder / "a.pkl", clips=(13, 6, 6))                 # the last batch: one clip for two
     one = [*RUN, "--dropout", "0", "--seeds", "1", "--out"]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                    "--master_port=29555", str(HERE / "train.py"), *one, "two"], check=True,
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node=2", str(HERE / "train.py"), *one, "two"], check=True,
                    capture_output=True)
     assert train.main([*one, "one", "--batch-size", "8"]) == 0
     assert sorted(os.listdir("one")) == sorted(os.listdir("two"))
