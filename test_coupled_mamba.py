@@ -687,6 +687,15 @@ def test_the_other_fusions_never_read_what_is_absent(fusion, seed, garbage):
     assert_close(model([F.pad(x, (0, 0, 0, 4), value=garbage) for x in xs], there), model(xs))
 
 
+def test_the_average_is_over_the_streams_that_are_there():
+    torch.manual_seed(0)
+    model = train.OneMamba((4, 4), 2, concat=False, d_model=8, n_layers=1, d_state=4)
+    model.encoders[1].load_state_dict(model.encoders[0].state_dict())
+    x, mask = torch.randn(2, 6, 4), torch.ones(2, 2, 6, dtype=torch.bool)
+    mask[1, :, 2:] = False                       # twice the same, and only once: the same average
+    assert_close(model([x, x], mask), model([x, x]), 1e-6)
+
+
 def test_explicit_attention_is_the_fused_one_and_reads_every_step_of_the_others():
     model, (_, xs), outs = small_model("attention"), model_and_input(l=6), []
     for explicit in (False, True):
@@ -1019,11 +1028,11 @@ def test_metrics_are_those_of_mmsa_worked_out_by_hand():
 
 
 def test_metrics_of_classes_are_worked_out_by_hand():
-    true, pred = np.array([0, 0, 1, 1, 1, 2]), [0, 1, 1, 1, 0, 0]        # 2 is never predicted
-    got = train.class_metrics(np.eye(4)[pred], true)                     # 3 does not occur at all
-    # F1: of 0 2*1/(2+3), of 1 2*2/(3+3), of 2 0
-    assert got == pytest.approx({"Acc": 3 / 6, "weighted F1": (2 * 0.4 + 3 * 2 / 3) / 6,
-                                 "macro F1": (0.4 + 2 / 3) / 3})
+    true, pred = np.array([0, 0, 1, 1, 1, 2]), [0, 1, 1, 1, 0, 3]        # 2 is never predicted,
+    got = train.class_metrics(np.eye(5)[pred], true)                     # 4 does not occur at all
+    # F1: of 0 2*1/(2+2), of 1 2*2/(3+3), of 2 and of 3, predicted where it is not, 0
+    assert got == pytest.approx({"Acc": 3 / 6, "weighted F1": (2 * 0.5 + 3 * 2 / 3) / 6,
+                                 "macro F1": (0.5 + 2 / 3) / 4})
     true = np.array([0, 0, 1, 2, 2, 2])
     scores = np.array([[3, 9, 1], [1, 0, 2], [0, 5, 0], [0, 1, 2], [0, 9, 1], [2, 0, 1.]])
     # of three: predicted 1 2 1 2 1 0: right 2 of 6; F1 of 0 0, of 1 2/4, of 2 2*1/(3+2)
