@@ -395,6 +395,9 @@ def test_the_kernel_serves_one_output_alone_and_checkpoints_and_batches_of_any_s
         q = problem(b=b, l=3)
         assert_close(f(**q)[0], coupled_scan(**q)[0], 1e-10)
     assert len(graphs) == 1
+    q = problem(1, 1, 3, dtype=torch.float32)
+    torch.library.opcheck(kernel._scan, ([v.cuda().requires_grad_() if GPU else v.requires_grad_()
+                                          for v in q.values()] + [True]))
 
 
 def test_the_kernel_is_chosen_for_a_gpu_with_triton_and_for_nothing_else(monkeypatch):
