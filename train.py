@@ -394,6 +394,9 @@ def run_seed(seed, config, dataset, device, out, say, resume=False):
             + (" (the paper's plain sum does; --coupling mean does not)"
                if config["coupling"] == "sum" else ", a smaller --lr may help"))
 
+    course = [row["valid"][chosen] for row in log]
+    say(f"seed {seed}  valid {chosen} by epoch  {sparkline(course)}  {course[0]:.4f} to "
+        f"{course[-1]:.4f}, best {best['metric']:.4f}")
     model.load_state_dict(best["weights"])
     results = {"seed": seed, "epoch": best["epoch"]}
     for s, split in (("valid", valid), ("test", test)):
@@ -425,6 +428,15 @@ def diverged(log):
 def over(log, best, config):
     """Whether training ends before its last epoch: it diverged, or --patience is exhausted."""
     return diverged(log) or 0 < config["patience"] <= len(log) - best["epoch"]
+
+
+def sparkline(values, width=60):
+    """The course of `values` as a line of bars, the lowest for the least; blank: not finite."""
+    picked = np.array(values)[np.linspace(0, len(values) - 1, min(width, len(values))).round()
+                              .astype(int)]
+    finite = picked[np.isfinite(picked)]
+    low, span = (finite.min(), np.ptp(finite) or 1) if len(finite) else (0, 1)
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * (v - low) / span)] if np.isfinite(v) else " " for v in picked)
 
 
 def show(metrics, most=None):
