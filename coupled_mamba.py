@@ -30,6 +30,10 @@ Reading order: `discretize`, `recurrence` (the definition), `collapse` (the idea
 then (m, b, l)), `Block` (Alg. 1), `CoupledMamba` (Fig. 1).
 """
 import math
+import os
+import shutil
+import sys
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -189,12 +193,110 @@ def _states(delta, v, A, B, w, H, buffers):
     return S, P, before, H
 
 
+def _forward_chunk(delta, v, A, B, C, w, H, buffers):
+    """y (m, b, t, e) of one chunk, and the H after it. The arguments are those of `_states`."""
+    n = A.shape[-1]
+    S, _, before, H = _states(delta, v, A, B, w, H, buffers)
+    SH = S.mul_(before)                  # overwrites S.  C h = C (S H + v B) = C (S H) + v <B, C>
+    CSH = torch.bmm(C.reshape(-1, 1, n), SH.flatten(0, 2).transpose(1, 2))
+    return CSH.view_as(v) + v * (B * C).sum(-1, True), H
+
+
+def _backward_chunk(delta, v, A, B, C, w, dy, H, G, of_w, buffers):
+    """The sums over e, n or time in the chain rule of `_ChunkedScan`, for one chunk.
+
+    dy (m, b, t, e); H before the chunk and G after it (b, e, n). Returns G before it, dA
+    (m, b, e, n), and (m, b, t, e or n) sum_n z A, sum_n G B, sum_e G v, sum_e dy S H, and, if
+    `of_w`, sum_n G S H.
+    """
+    (m, b, t, e), n = delta.shape, A.shape[-1]
+    S, P, before, _ = _states(delta, v, A, B, w, H, buffers)
+    g = torch.mul(dy[..., None], C[..., None, :], out=buffers("g", v, m, b, t, e, n))
+    Q = torch.mul(S[0], g[0], out=buffers("U", v, b, t, e, n))
+    for k in range(1, m):
+        Q.addcmul_(S[k], g[k])
+    after = buffers("G", v, b, t, e, n)
+    G = _walk(P, Q, G, after, range(t)[::-1])                        # after[:, t] = G[t]
+    SH = S.mul_(before)                                              # overwrites S
+    G_ = after.flatten(0, 1)                                         # (b t, e, n)
+    GB = torch.bmm(_flat(B), G_.transpose(1, 2)).view(b, t, m, e).permute(2, 0, 1, 3)
+    Gv = torch.bmm(_flat(v), G_).view(b, t, m, n).permute(2, 0, 1, 3)
+    ySH = torch.bmm(dy.reshape(-1, 1, e), SH.flatten(0, 2)).view_as(B)
+    GSH = [(SH * after).sum(-1)] if of_w else []
+    for k in range(m):
+        g[k].addcmul_(after, w[k, ..., None, None])
+    z = SH.mul_(g)
+    zA = torch.mul(z, A[:, None, None], out=g).sum(-1)
+    dA = torch.mul(z, delta[..., None], out=g).sum(2)
+    return G, dA, zA, GB, Gv, ySH, *GSH
+
+
+# The same two as plain formulas, step by step, which torch.compile fuses: S, h, g and z stay in
+# registers, and little but H, G and the sums is written to memory.
+STEPS = 4                # at a time: with more, compiling takes longer and nothing gets faster
+_compiled = None         # the pair, compiled, once `compile_scan` has been called
+
+
+def compile_scan():
+    """From now on mode "scan" runs compiled code on CPUs: faster, once the first call is over.
+
+    Returns whether that is so: it takes a C++ compiler, g++ or what the variable CXX names.
+    """
+    global _compiled
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        warnings.warn(f"compile_scan: no C++ compiler {compiler!r} found: install one, or name it "
+                      "in the environment variable CXX. Going on without.", stacklevel=2)
+        return False
+    _compiled = torch.compile(_forward_steps), torch.compile(_backward_steps)
+    MODES["scan"] = MODES["auto"] = torch.compiler.disable(scan)     # where a model is compiled
+    return True
+
+
+def _per_state(delta, v, B, C, w):
+    """Views that broadcast to (m, b, t, e, n)."""
+    return delta[..., None], v[..., None], B[..., None, :], C[..., None, :], w[..., None, None]
+
+
+def _forward_steps(delta, v, A, B, C, w, H):
+    (m, b, T, e), ys = delta.shape, []
+    delta, v, B, C, w = _per_state(delta, v, B, C, w)
+    for t in range(T):
+        before, H = H, 0
+        for k in range(m):
+            h = torch.exp(delta[k, :, t] * A[k]) * before + v[k, :, t] * B[k, :, t]    # (b, e, n)
+            H = H + w[k, :, t] * h
+            ys.append((C[k, :, t] * h).sum(-1))
+    return torch.stack(ys).view(T, m, b, e).permute(1, 2, 0, 3), H
+
+
+def _backward_steps(delta, v, A, B, C, w, dy, H, G, of_w):
+    (m, b, T, _), dy, dA = delta.shape, dy[..., None], [0] * len(A)
+    delta, v, B, C, w = _per_state(delta, v, B, C, w)
+    S, before, sums = [], [], {}
+    for t in range(T):
+        before.append(H)
+        S.append([torch.exp(delta[k, :, t] * A[k]) for k in range(m)])
+        H = sum(w[k, :, t] * (S[t][k] * H + v[k, :, t] * B[k, :, t]) for k in range(m))
+    for t in range(T)[::-1]:
+        after, G = G, 0
+        for k in range(m):
+            SH, g = S[t][k] * before[t], C[k, :, t] * dy[k, :, t] + w[k, :, t] * after
+            z, G = g * SH, G + S[t][k] * g
+            dA[k] = dA[k] + z * delta[k, :, t]
+            sums[k, t] = [(z * A[k]).sum(-1), (after * B[k, :, t]).sum(-1), (
+                after * v[k, :, t]).sum(1), (SH * dy[k, :, t]).sum(1)] + [
+                (SH * after).sum(-1)] * of_w
+    sums = zip(*(sums[k, t] for k in range(m) for t in range(T)))
+    return G, torch.stack(dA), *(torch.stack(v).view(m, T, b, -1).transpose(1, 2) for v in sums)
+
+
 def _pieces(x, n):
     """Slices of the batch, so that S of a chunk is about BLOCK elements, and the chunks of time."""
-    m, b, l, e = x.shape
-    rows = max(1, BLOCK // (CHUNK * m * e * n))
+    (m, b, l, e), steps = x.shape, STEPS if _compiled else CHUNK
+    rows = max(1, BLOCK // (steps * m * e * n))
     return ([slice(i, i + rows) for i in range(0, b, rows)],
-            [slice(i, i + CHUNK) for i in range(0, l, CHUNK)])
+            [slice(i, i + steps) for i in range(0, l, steps)])
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -202,22 +304,18 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, delta, A, B, C, w, H0):
-        n, (rows, chunks) = A.shape[-1], _pieces(x, A.shape[-1])
+        rows, chunks = _pieces(x, A.shape[-1])
         y, H_last, buffers = torch.empty_like(x), torch.empty_like(H0), _Buffers()
         keep = H0.new_empty(len(chunks) if any(ctx.needs_input_grad) else 0, *H0.shape)
+        ctx.save_for_backward(x, delta, A, B, C, w, keep)
         for r in rows:
             H = H0[r]
             for i, c in enumerate(chunks):
                 if len(keep):
                     keep[i, r] = H
                 x_, delta_, B_, C_, w_ = (v[:, r, c] for v in (x, delta, B, C, w))
-                v = delta_ * x_
-                S, _, before, H = _states(delta_, v, A, B_, w_, H, buffers)
-                SH = S.mul_(before)      # overwrites S.  C h = C (S H + v B) = C (S H) + v <B, C>
-                CSH = torch.bmm(C_.reshape(-1, 1, n), SH.flatten(0, 2).transpose(1, 2))
-                torch.add(CSH.view_as(v), v * (B_ * C_).sum(-1, True), out=y[:, r, c])
+                y[:, r, c], H = _run(0, delta_, delta_ * x_, A, B_, C_, w_, H, buffers)
             H_last[r] = H
-        ctx.save_for_backward(x, delta, A, B, C, w, keep)
         return y, H_last
 
     # The chain rule on Eqs. 6-7, with g[m,t] = dL/dh[m,t] and G[t] = dL/dH[t]:
@@ -238,41 +336,38 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     def adjoint(ctx, dy, dH_last):
         x, delta, A, B, C, w, keep = ctx.saved_tensors
-        n, (rows, chunks) = A.shape[-1], _pieces(x, A.shape[-1])
+        rows, chunks = _pieces(x, A.shape[-1])
         dx, ddelta, dB, dC = (torch.empty_like(v) for v in (x, delta, B, C))
         dA, dH0, buffers = torch.zeros_like(A), torch.empty_like(dH_last), _Buffers()
-        dw = torch.empty_like(dC[..., 0]) if ctx.needs_input_grad[5] else None
+        of_w = ctx.needs_input_grad[5]
+        dw = torch.empty_like(dC[..., 0]) if of_w else None
         for r in rows:
             G = dH_last[r]
             for i, c in reversed(list(enumerate(chunks))):
                 x_, delta_, B_, C_, w_, dy_ = (v[:, r, c] for v in (x, delta, B, C, w, dy))
-                (m, b, t, e), v = x_.shape, delta_ * x_
-                S, P, before, _ = _states(delta_, v, A, B_, w_, keep[i, r], buffers)
-                g = torch.mul(dy_[..., None], C_[..., None, :], out=buffers("g", v, m, b, t, e, n))
-                Q = torch.mul(S[0], g[0], out=buffers("U", v, b, t, e, n))
-                for k in range(1, m):
-                    Q.addcmul_(S[k], g[k])
-                after = buffers("G", v, b, t, e, n)
-                G = _walk(P, Q, G, after, range(t)[::-1])            # after[:, t] = G[t]
-                SH = S.mul_(before)                                  # overwrites S
+                v = delta_ * x_
+                G, dA_, zA, GB, Gv, ySH, *GSH = _run(1, delta_, v, A, B_, C_, w_, dy_, keep[i, r],
+                                                     G, of_w, buffers)
                 BC, vdy = (B_ * C_).sum(-1, True), (v * dy_).sum(-1, True)
-                G_ = after.flatten(0, 1)                             # (b t, e, n)
-                GB = torch.bmm(_flat(B_), G_.transpose(1, 2)).view(b, t, m, e).permute(2, 0, 1, 3)
-                Gv = torch.bmm(_flat(v), G_).view(b, t, m, n).permute(2, 0, 1, 3)
                 dv = dy_ * BC + w_[..., None] * GB
                 dx[:, r, c] = dv * delta_
+                ddelta[:, r, c] = dv * x_ + zA
                 dB[:, r, c] = C_ * vdy + w_[..., None] * Gv
-                ySH = torch.bmm(dy_.reshape(-1, 1, e), SH.flatten(0, 2))
-                dC[:, r, c] = B_ * vdy + ySH.view_as(B_)
-                if dw is not None:
-                    dw[:, r, c] = (GB * v).sum(-1) + (SH * after).sum((-2, -1))
-                for k in range(m):
-                    g[k].addcmul_(after, w_[k, ..., None, None])
-                z = SH.mul_(g)
-                ddelta[:, r, c] = dv * x_ + torch.mul(z, A[:, None, None], out=g).sum(-1)
-                dA += torch.mul(z, delta_[..., None], out=g).flatten(1, 2).sum(1)
+                dC[:, r, c] = B_ * vdy + ySH
+                dA += dA_.sum(1)
+                if of_w:
+                    dw[:, r, c] = (GB * v + GSH[0]).sum(-1)
             dH0[r] = G
         return dx, ddelta, dA, dB, dC, dw, dH0
+
+
+def _run(which, delta, *rest):
+    """The chunk's body, forward or backward: compiled where that is wanted and the chunk is whole.
+    """
+    if not _compiled or delta.shape[2] != STEPS or not delta.is_cpu:
+        return (_forward_chunk, _backward_chunk)[which](delta, *rest)
+    arguments = (v.detach().contiguous() if torch.is_tensor(v) else v for v in (delta, *rest[:-1]))
+    return _compiled[which](*arguments)
 
 
 # ----------------------------------------------------------------------------- the entry point
