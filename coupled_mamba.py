@@ -284,17 +284,17 @@ def _backward_steps(delta, v, A, B, C, w, dy, H, G, of_w):
             SH, g = S[t][k] * before[t], C[k, :, t] * dy[k, :, t] + w[k, :, t] * after
             z, G = g * SH, G + S[t][k] * g
             dA[k] = dA[k] + z * delta[k, :, t]
-            sums[k, t] = [(z * A[k]).sum(-1), (after * B[k, :, t]).sum(-1), (
-                after * v[k, :, t]).sum(1), (SH * dy[k, :, t]).sum(1)] + [
-                (SH * after).sum(-1)] * of_w
+            GSH = [(SH * after).sum(-1)] * of_w
+            sums[k, t] = [(z * A[k]).sum(-1), (after * B[k, :, t]).sum(-1),
+                          (after * v[k, :, t]).sum(1), (SH * dy[k, :, t]).sum(1), *GSH]
     sums = zip(*(sums[k, t] for k in range(m) for t in range(T)))
     return G, torch.stack(dA), *(torch.stack(v).view(m, T, b, -1).transpose(1, 2) for v in sums)
 
 
 def _pieces(x, n):
     """Slices of the batch, so that S of a chunk is about BLOCK elements, and the chunks of time."""
-    (m, b, l, e), steps = x.shape, STEPS if _compiled else CHUNK
-    rows = max(1, BLOCK // (steps * m * e * n))
+    (m, b, l, e), steps = x.shape, STEPS if _compiled and x.is_cpu else CHUNK
+    rows = max(1, BLOCK // (max(steps, 2 * STEPS) * m * e * n))
     return ([slice(i, i + rows) for i in range(0, b, rows)],
             [slice(i, i + steps) for i in range(0, l, steps)])
 
@@ -362,8 +362,7 @@ class _ChunkedScan(torch.autograd.Function):
 
 
 def _run(which, delta, *rest):
-    """The chunk's body, forward or backward: compiled where that is wanted and the chunk is whole.
-    """
+    """The body of a chunk, 0: forward, 1: backward; compiled where asked for, on whole chunks."""
     if not _compiled or delta.shape[2] != STEPS or not delta.is_cpu:
         return (_forward_chunk, _backward_chunk)[which](delta, *rest)
     arguments = (v.detach().contiguous() if torch.is_tensor(v) else v for v in (delta, *rest[:-1]))

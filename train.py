@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 import time
 import zlib
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from coupled_mamba import MODES, CoupledMamba, StackedLinear
+from coupled_mamba import MODES, CoupledMamba, StackedLinear, compile_scan
 
 # What the paper (or the authors' script) uses. d_model, layers ... are the model's own defaults.
 PAPER = dict(d_model=128, layers=3, d_state=64, dt_rank=None, expand=2, d_conv=4, dropout=0.0,
@@ -355,10 +354,7 @@ def run_seed(seed, config, dataset, device, out, say, resume=False):
                                  ) from None
         say(f"seed {seed}  resumed after epoch {len(log)}")
     if config["compile"]:
-        if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-            say("--compile: no C++ compiler found (set CXX): going on without")
-        else:
-            model.compile()
+        compile_scan() if device.type == "cpu" else model.compile()
     parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
     def progress(done, total, whole):
@@ -594,7 +590,8 @@ def parse(argv):
     option("--device", str, "auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
     option("--mode", str, "auto", "how the scan is computed", choices=list(MODES))
     flag("--amp", "matrix products in bfloat16; the state stays float32")
-    flag("--compile", "torch.compile the model: needs a C++ compiler, the first step takes minutes")
+    flag("--compile", "torch.compile the model, on CPUs the scan alone (needs a C++ compiler): the "
+         "first step takes long")
     option("--workers", at_least(int, 0), 0, "processes that gather batches ahead")
     flag("--resume", "go on where a run with the same options and --out was broken off")
     return p.parse_args(argv)
