@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 
@@ -46,8 +47,7 @@ for name, examples, fixed in (("dev", 5, False), ("ci", 25, True), ("thorough", 
     settings.register_profile(name, max_examples=examples, deadline=None, derandomize=fixed)
 settings.load_profile(os.environ.get("PROFILE", "ci"))
 EXAMPLES = settings.default.max_examples
-pytestmark = [pytest.mark.filterwarnings(f) for f in (       # but for two of torch.compile's own
-    "error", "ignore:.*Function'> should not be inst", "ignore:The .grad attribute of a Tensor")]
+pytestmark = pytest.mark.filterwarnings("error")
 torch.set_num_threads(2)
 HERE = Path(__file__).parent
 
@@ -193,14 +193,35 @@ def test_constant_parameters_give_the_geometric_series(mode):
     assert_close(coupled_scan(**p, mode=mode)[1], H, 1e-10)
 
 
+STEPWISE = coupled_mamba._forward_steps, coupled_mamba._backward_steps       # to be compiled
+
+
 @given(problems, st.booleans(), st.booleans(), st.sampled_from(MODES[1:]),
-       st.sampled_from([100, 3 << 19]))
-def test_all_modes_agree_in_values_and_every_gradient(p, constant, last, mode, block):
+       st.sampled_from([100, 3 << 19]), st.sampled_from([None, STEPWISE]))
+def test_all_modes_agree_in_values_and_every_gradient(p, constant, last, mode, block, stepwise):
     if constant:                                 # in time: an FFT, where w is so, too
         p = {k: v[:, :, 0] if k in ("delta", "B", "C") else v for k, v in p.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coupled_mamba, "BLOCK", block)         # 100: several blocks of the batch
+        patch.setattr(coupled_mamba, "_compiled", stepwise)
         assert_close(run(p, mode, last), run(p, "recurrence", last), TOLERANCE[torch.float64])
+
+
+def test_the_compiled_scan_agrees_and_without_a_compiler_there_is_a_warning(monkeypatch):
+    monkeypatch.setattr(coupled_mamba, "_compiled", None)    # and undone at the end, like the modes
+    for k in ("scan", "auto"):
+        monkeypatch.setitem(coupled_mamba.MODES, k, coupled_mamba.MODES[k])
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="no C.. compiler 'no-such-compiler' found"):
+        assert not coupled_mamba.compile_scan()
+    monkeypatch.delenv("CXX")
+    p = problem(2, 3, 2 * coupled_mamba.STEPS + 1, 5, 16, dtype=torch.float32)
+    expected = run({k: v.double() for k, v in p.items()}, "recurrence")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # what torch.compile itself says
+        if not coupled_mamba.compile_scan():
+            pytest.skip("no C++ compiler on this machine")
+        assert_close(run(p, "scan"), expected, 1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
@@ -404,7 +425,7 @@ def test_the_kernel_compiles_for_two_kinds_of_gpu_and_spills_no_register(tmp_pat
 def test_the_benchmark_measures_every_case_and_prints_a_dash_for_what_fails(monkeypatch, capsys):
     monkeypatch.setattr(kernel, "in_turn", lambda row: {
         case: ([kernel.measure(case)[0]], 10 ** 6) for case in row if case.name != "fused"})
-    monkeypatch.setattr(coupled_mamba, "compile_scan", lambda: None, raising=False)
+    monkeypatch.setattr(coupled_mamba, "compile_scan", lambda: None)
     tiny = [dict(b=2, l=5, widths=(3, 4), d_model=8, d_state=4, layers=1)]
     lines = kernel.benchmark({k: (title, cases, tiny) for k, (title, cases, _) in
                               kernel.SECTIONS.items()})
@@ -1093,8 +1114,9 @@ def test_two_processes_train_as_one_with_the_doubled_batch(folder):
 
 
 def test_workers_autocast_and_compile_change_how_and_not_what(folder, monkeypatch):
-    compile_it, maes = torch.nn.Module.compile, []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m: compile_it(m, backend="eager"))
+    maes = []
+    monkeypatch.setattr(train, "compile_scan", lambda: monkeypatch.setattr(
+        coupled_mamba, "_compiled", STEPWISE))
     for how in ([], ["--workers", "2"], ["--compile"], ["--amp"]):
         assert train.main([*RUN, "1", "--epochs", "2", "--length", "3", "--out", "o", *how]) == 0
         maes.append(results("o")["mean"]["MAE"])
