@@ -27,7 +27,8 @@ step size and maps (Delta, B, C) are computed from x at every step ("selective")
 
 Reading order: `discretize`, `recurrence` (the definition), `collapse` (the idea), `convolution` and
 `scan` (the same numbers in less time or memory), `coupled_scan` (calls one of the three, whose w is
-then (m, b, l)), `Block` (Alg. 1), `CoupledMamba` (Fig. 1).
+then (m, b, l)), `Block` (Alg. 1), `CoupledMamba` (Fig. 1). On a CPU, `compile_scan()` makes `scan`
+faster still.
 """
 import math
 import os
@@ -86,7 +87,9 @@ def collapse(S, V, w):
 
 # ----------------------------------------------------------------------------- mode "convolution"
 def convolution(x, delta, A, B, C, w, H0):
-    """Eq. 7 unrolled: H[t] = P[t] ... P[1] H0 + sum_{s <= t} P[t] ... P[s+1] U[s], a global kernel.
+    """Eq. 7 unrolled. Put H[t-1] = P[t-1] H[t-2] + U[t-1] into it, and so on down to H0:
+
+        H[t]  =  P[t] ... P[1] H0  +  sum_{s <= t} P[t] ... P[s+1] U[s]         a global kernel
 
     The paper writes the products as powers P^i (Eqs. 8, 21-22), exact for parameters constant
     in time: delta (m, b, e), B and C (m, b, n), w (m,). Then an FFT applies the kernel in
@@ -147,7 +150,7 @@ def scan(x, delta, A, B, C, w, H0):
 
 
 CHUNK = 16               # steps between two states kept for backward
-BLOCK = 3 << 19          # elements of S held at once: a few megabytes, which stay in the cache
+HELD = 3 << 19           # elements of S held at once: a few megabytes, which stay in the cache
 
 
 class _Buffers(dict):
@@ -202,12 +205,18 @@ def _forward_chunk(delta, v, A, B, C, w, H, buffers):
     return CSH.view_as(v) + v * (B * C).sum(-1, True), H
 
 
+# The chain rule on Eqs. 6-7, with g[m,t] = dL/dh[m,t] and G[t] = dL/dH[t]:
+#     g[m,t] = C[m,t] dy[m,t] + w[m,t] G[t]
+#     G[t-1] = sum_m S[m,t] g[m,t] = P[t] G[t] + Q[t],   Q[t] = sum_m S[m,t] C[m,t] dy[m,t]
+# so backward is the same scan, run from the end. With v = delta x (V = v B) the rest is local:
+#     z  = g H[t-1] S      ddelta = sum_n z A + dv x      dA = sum_bl z delta
+#     dv = sum_n g B       dx = dv delta                  dB = sum_e g v
+#     dC = sum_e dy h      dw = sum_en G h                dH0 = G[0]
 def _backward_chunk(delta, v, A, B, C, w, dy, H, G, of_w, buffers):
-    """The sums over e, n or time in the chain rule of `_ChunkedScan`, for one chunk.
+    """The sums of the chain rule over one chunk, from H before it and G after it (b, e, n).
 
-    dy (m, b, t, e); H before the chunk and G after it (b, e, n). Returns G before it, dA
-    (m, b, e, n), and (m, b, t, e or n) sum_n z A, sum_n G B, sum_e G v, sum_e dy S H, and, if
-    `of_w`, sum_n G S H.
+    Returns G before it, dA (m, b, e, n), and (m, b, t, e or n) sum_n z A, sum_n G B, sum_e G v,
+    sum_e dy S H and, if `of_w`, sum_n G S H.
     """
     (m, b, t, e), n = delta.shape, A.shape[-1]
     S, P, before, _ = _states(delta, v, A, B, w, H, buffers)
@@ -231,10 +240,43 @@ def _backward_chunk(delta, v, A, B, C, w, dy, H, G, of_w, buffers):
     return G, dA, zA, GB, Gv, ySH, *GSH
 
 
-# The same two as plain formulas, step by step, which torch.compile fuses: S, h, g and z stay in
+# The same two as plain formulas, step by step. torch.compile fuses them: S, h, g and z stay in
 # registers, and little but H, G and the sums is written to memory.
 STEPS = 4                # at a time: with more, compiling takes longer and nothing gets faster
 _compiled = None         # the pair, compiled, once `compile_scan` has been called
+
+
+def _forward_steps(delta, v, A, B, C, w, H):
+    (m, b, T, e), ys = delta.shape, []
+    for t in range(T):
+        before, H = H, 0
+        for k in range(m):
+            S = torch.exp(delta[k, :, t, :, None] * A[k])                # (b, e, n)
+            h = S * before + v[k, :, t, :, None] * B[k, :, t, None]      # Eq. 6
+            H = H + w[k, :, t, None, None] * h
+            ys.append((h * C[k, :, t, None]).sum(-1))
+    return torch.stack(ys).view(T, m, b, e).permute(1, 2, 0, 3), H
+
+
+def _backward_steps(delta, v, A, B, C, w, dy, H, G, of_w):
+    (m, b, T, _), dA, S, before, sums = delta.shape, [0] * len(A), [], [], {}
+    for t in range(T):
+        before.append(H)
+        S.append([torch.exp(delta[k, :, t, :, None] * A[k]) for k in range(m)])
+        H = sum(w[k, :, t, None, None] * (S[t][k] * H + v[k, :, t, :, None] * B[k, :, t, None])
+                for k in range(m))
+    for t in reversed(range(T)):
+        after, G = G, 0
+        for k in range(m):
+            SH, dy_ = S[t][k] * before[t], dy[k, :, t, :, None]
+            g = C[k, :, t, None] * dy_ + w[k, :, t, None, None] * after
+            z, G = g * SH, G + S[t][k] * g
+            dA[k] = dA[k] + z * delta[k, :, t, :, None]
+            sums[k, t] = [(z * A[k]).sum(-1), (after * B[k, :, t, None]).sum(-1),
+                          (after * v[k, :, t, :, None]).sum(1), (SH * dy_).sum(1),
+                          *[(SH * after).sum(-1)] * of_w]
+    sums = zip(*(sums[k, t] for k in range(m) for t in range(T)))
+    return G, torch.stack(dA), *(torch.stack(v).view(m, T, b, -1).transpose(1, 2) for v in sums)
 
 
 def compile_scan():
@@ -253,48 +295,19 @@ def compile_scan():
     return True
 
 
-def _per_state(delta, v, B, C, w):
-    """Views that broadcast to (m, b, t, e, n)."""
-    return delta[..., None], v[..., None], B[..., None, :], C[..., None, :], w[..., None, None]
-
-
-def _forward_steps(delta, v, A, B, C, w, H):
-    (m, b, T, e), ys = delta.shape, []
-    delta, v, B, C, w = _per_state(delta, v, B, C, w)
-    for t in range(T):
-        before, H = H, 0
-        for k in range(m):
-            h = torch.exp(delta[k, :, t] * A[k]) * before + v[k, :, t] * B[k, :, t]    # (b, e, n)
-            H = H + w[k, :, t] * h
-            ys.append((C[k, :, t] * h).sum(-1))
-    return torch.stack(ys).view(T, m, b, e).permute(1, 2, 0, 3), H
-
-
-def _backward_steps(delta, v, A, B, C, w, dy, H, G, of_w):
-    (m, b, T, _), dy, dA = delta.shape, dy[..., None], [0] * len(A)
-    delta, v, B, C, w = _per_state(delta, v, B, C, w)
-    S, before, sums = [], [], {}
-    for t in range(T):
-        before.append(H)
-        S.append([torch.exp(delta[k, :, t] * A[k]) for k in range(m)])
-        H = sum(w[k, :, t] * (S[t][k] * H + v[k, :, t] * B[k, :, t]) for k in range(m))
-    for t in range(T)[::-1]:
-        after, G = G, 0
-        for k in range(m):
-            SH, g = S[t][k] * before[t], C[k, :, t] * dy[k, :, t] + w[k, :, t] * after
-            z, G = g * SH, G + S[t][k] * g
-            dA[k] = dA[k] + z * delta[k, :, t]
-            GSH = [(SH * after).sum(-1)] * of_w
-            sums[k, t] = [(z * A[k]).sum(-1), (after * B[k, :, t]).sum(-1),
-                          (after * v[k, :, t]).sum(1), (SH * dy[k, :, t]).sum(1), *GSH]
-    sums = zip(*(sums[k, t] for k in range(m) for t in range(T)))
-    return G, torch.stack(dA), *(torch.stack(v).view(m, T, b, -1).transpose(1, 2) for v in sums)
+def _run(which, delta, *rest):
+    """The body of a chunk, 0: forward, 1: backward; compiled where asked for, on whole chunks."""
+    if not _compiled or delta.shape[2] != STEPS or not delta.is_cpu:
+        return (_forward_chunk, _backward_chunk)[which](delta, *rest)
+    # All alike in layout and in not asking for a gradient: else each kind is compiled anew.
+    arguments = (v.detach().contiguous() if torch.is_tensor(v) else v for v in (delta, *rest[:-1]))
+    return _compiled[which](*arguments)
 
 
 def _pieces(x, n):
-    """Slices of the batch, so that S of a chunk is about BLOCK elements, and the chunks of time."""
+    """Slices of the batch, so that S of a chunk is about HELD elements, and the chunks of time."""
     (m, b, l, e), steps = x.shape, STEPS if _compiled and x.is_cpu else CHUNK
-    rows = max(1, BLOCK // (max(steps, 2 * STEPS) * m * e * n))
+    rows = max(1, HELD // (max(steps, 2 * STEPS) * m * e * n))
     return ([slice(i, i + rows) for i in range(0, b, rows)],
             [slice(i, i + steps) for i in range(0, l, steps)])
 
@@ -304,7 +317,7 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, delta, A, B, C, w, H0):
-        rows, chunks = _pieces(x, A.shape[-1])
+        rows, chunks = ctx.pieces = _pieces(x, A.shape[-1])
         y, H_last, buffers = torch.empty_like(x), torch.empty_like(H0), _Buffers()
         keep = H0.new_empty(len(chunks) if any(ctx.needs_input_grad) else 0, *H0.shape)
         ctx.save_for_backward(x, delta, A, B, C, w, keep)
@@ -318,13 +331,6 @@ class _ChunkedScan(torch.autograd.Function):
             H_last[r] = H
         return y, H_last
 
-    # The chain rule on Eqs. 6-7, with g[m,t] = dL/dh[m,t] and G[t] = dL/dH[t]:
-    #     g[m,t] = C[m,t] dy[m,t] + w[m,t] G[t]
-    #     G[t-1] = sum_m S[m,t] g[m,t] = P[t] G[t] + Q[t],   Q[t] = sum_m S[m,t] C[m,t] dy[m,t]
-    # so backward is the same scan, run from the end. With v = delta x (V = v B) the rest is local:
-    #     z  = g H[t-1] S      ddelta = sum_n z A + dv x      dA = sum_bl z delta
-    #     dv = sum_n g B       dx = dv delta                  dB = sum_e g v
-    #     dC = sum_e dy h      dw = sum_en G h                dH0 = G[0]
     @staticmethod
     def backward(ctx, dy, dH_last):
         if torch.is_grad_enabled():
@@ -336,7 +342,7 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     def adjoint(ctx, dy, dH_last):
         x, delta, A, B, C, w, keep = ctx.saved_tensors
-        rows, chunks = _pieces(x, A.shape[-1])
+        rows, chunks = ctx.pieces
         dx, ddelta, dB, dC = (torch.empty_like(v) for v in (x, delta, B, C))
         dA, dH0, buffers = torch.zeros_like(A), torch.empty_like(dH_last), _Buffers()
         of_w = ctx.needs_input_grad[5]
@@ -359,14 +365,6 @@ class _ChunkedScan(torch.autograd.Function):
                     dw[:, r, c] = (GB * v + GSH[0]).sum(-1)
             dH0[r] = G
         return dx, ddelta, dA, dB, dC, dw, dH0
-
-
-def _run(which, delta, *rest):
-    """The body of a chunk, 0: forward, 1: backward; compiled where asked for, on whole chunks."""
-    if not _compiled or delta.shape[2] != STEPS or not delta.is_cpu:
-        return (_forward_chunk, _backward_chunk)[which](delta, *rest)
-    arguments = (v.detach().contiguous() if torch.is_tensor(v) else v for v in (delta, *rest[:-1]))
-    return _compiled[which](*arguments)
 
 
 # ----------------------------------------------------------------------------- the entry point
@@ -518,7 +516,7 @@ class Block(nn.Module):
             self.coupling_logits = nn.Parameter(torch.zeros(m))
 
     def weights(self, mask):
-        """w (m,); with a mask (m, b, l), renormalised over the modalities present at each step."""
+        """Eq. 9: w (m,); with a mask (m, b, l), renormalised over the modalities at each step."""
         m, dtype = len(self.D), _state_dtype(self.D)
         if self.coupling == "sum":
             w = self.D.new_ones(m, dtype=dtype)

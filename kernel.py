@@ -21,7 +21,7 @@ Why not tl.associative_scan: it also carries products of P and combines log l ti
 leaves so little to do per step that the walk takes a third of the instructions of such a scan.
 
 Backward is the same scan run from the end, G[t-1] = P[t] G[t] + Q[t], in the same passes; the chain
-rule, and the names g, z, Q, stand above `coupled_mamba._ChunkedScan.backward`. H is recomputed,
+rule, and the names g, z, Q, stand above `coupled_mamba._backward_chunk`. H is recomputed,
 chunk by chunk from the kept states, into work space for K steps. In memory are thus, beside inputs
 and gradients: forward l / K states, backward K more per segment, of which those of the running
 programs stay in the GPU's cache.

@@ -198,11 +198,11 @@ STEPWISE = coupled_mamba._forward_steps, coupled_mamba._backward_steps       # t
 
 @given(problems, st.booleans(), st.booleans(), st.sampled_from(MODES[1:]),
        st.sampled_from([100, 3 << 19]), st.sampled_from([None, STEPWISE]))
-def test_all_modes_agree_in_values_and_every_gradient(p, constant, last, mode, block, stepwise):
+def test_all_modes_agree_in_values_and_every_gradient(p, constant, last, mode, held, stepwise):
     if constant:                                 # in time: an FFT, where w is so, too
         p = {k: v[:, :, 0] if k in ("delta", "B", "C") else v for k, v in p.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coupled_mamba, "BLOCK", block)         # 100: several blocks of the batch
+        patch.setattr(coupled_mamba, "HELD", held)         # 100: several blocks of the batch
         patch.setattr(coupled_mamba, "_compiled", stepwise)
         assert_close(run(p, mode, last), run(p, "recurrence", last), TOLERANCE[torch.float64])
 
