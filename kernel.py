@@ -637,9 +637,10 @@ def main():
                         help="--benchmark, then draw it; needs matplotlib")
     args, good = parser.parse_args(), True
     everything = not any(vars(args).values())
-    if args.plot and (not importlib.util.find_spec("matplotlib") or not args.plot.parent.is_dir()):
-        parser.error(f"--plot {args.plot} needs matplotlib (pip install matplotlib) and a folder "
-                     f"{args.plot.parent}")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    if args.plot and not args.plot.parent.is_dir():
+        parser.error(f"--plot {args.plot}: there is no folder {args.plot.parent}")
     if args.compile and INTERPRETED:
         parser.error("--compile does not go with TRITON_INTERPRET=1: unset it")
     if everything or args.check:
