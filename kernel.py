@@ -452,8 +452,8 @@ SECTIONS = {                 # what is run, its cases, of which the last is ours
               [dict(b=16, l=l) for l in (50, 100, 200, 400)]),
     "long": ("the same, without the slow ones", ["scan", "compiled", "kernel"],
              [dict(b=1, l=l) for l in (1000, 4000, 16000, 65536)]),
-    "attention": ("inference as in Figures 3 and 4: cross attention with its scores in memory, "
-                  "PyTorch's fused one, Coupled Mamba", ["explicit", "fused", "coupled"],
+    "attention": ("inference as in Figures 3 and 4: cross attention, its scores in memory or "
+                  "fused; Coupled Mamba", ["explicit", "fused", "coupled", "compiled"],
                   [dict(b=16, l=l) for l in (100, 200, 300, 400, 500)]
                   + [dict(b=1, l=l) for l in (2000, 8000)]),
     "stream": ("model.step; memory: growth after the first 1,000 steps", ["lone", "coupled"],
@@ -501,7 +501,7 @@ def workload(case):
     if name == "explicit" and 16 * b * l * l * (len(widths) - 1) > 8e9:  # bytes, in 4 heads
         raise MemoryError("scores of more than 8 GB")
     model = CrossAttention(widths, 1, dropout=0.0, explicit=name == "explicit", **sizes) \
-        if section == "attention" and name != "coupled" else \
+        if name in ("explicit", "fused") else \
         CoupledMamba(widths, d_state=d_state, coupling="none" if name == "lone" else "mean",
                      mode="recurrence" if name == "recurrence" else "auto", **sizes)
     model, state = model.to(device), model.init_state(b)
