@@ -1095,6 +1095,8 @@ def test_a_stopped_run_resumes_to_the_bit_and_a_repeated_one_is_the_same(folder,
     assert train.main([*RUN, "2", "--out", "stopped", "--resume"]) == 0
     assert set(left("whole")) == first | {"seed1.pt", "seed1.npz"}
     assert left("whole") == left("again") == left("stopped")
+    assert [[(row["loss"], row["valid"]) for row in log_of(out, 1)] for out in ("whole", "stopped")
+            ] == [[(row["loss"], row["valid"]) for row in log_of("again", 1)]] * 2
     for broken in ("", "[]", '{"config": null}', '{"config": {}, "seeds": [{"seed": 0}]}'):
         Path("stopped/results.json").write_text(broken)
         refused("no result of this program")
