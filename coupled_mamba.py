@@ -8,11 +8,12 @@ The method. A Mamba turns its input x into y through a state h, a linear recurre
 step size and maps (Delta, B, C) are computed from x at every step ("selective"). Here each modality
 (text, audio, vision, ...) has such a chain, and each chain reads the last states of *all* chains:
 
-    h[m,t] = S[m,t] * sum_k w[k] h[k,t-1]  +  V[m,t]        y[m,t] = C[m,t] . h[m,t]  +  D[m] x[m,t]
+    h[m,t] = S[m,t] * sum_k w[k,t-1] h[k,t-1] + V[m,t]      y[m,t] = C[m,t] . h[m,t] + D[m] x[m,t]
+
+Axes, always in this order: m modalities, b batch, l time, then d (model width), e = expand * d
+(inner width), n (state size).
 
     symbol              in code  shape              meaning
-    M, b, l, d, e, n    m b ...                     modalities, batch, time, model width, inner
-                                                    width (expand * d), state size
     x                   x        (m, b, l, e)       input of the state space model
     Delta               delta    (m, b, l, e)       step size, > 0
     A                   A        (m, e, n)          continuous transition, < 0
@@ -20,15 +21,14 @@ step size and maps (Delta, B, C) are computed from x at every step ("selective")
     D                   D        (m, e)             skip connection
     S = exp(Delta A)    S        (m, b, l, e, n)    discrete transition      Eq. 2, Alg. 1 line 13
     V = Delta B x       V        (m, b, l, e, n)    discrete input           Alg. 1 line 14
-    w                   w        (m,) or (m, b, l)  how much of each chain's state all chains read
+    w                   w        (m,) or (m, b, l)  share of h[k,t] in H[t], for all readers
     h                   h        (m, b, e, n)       the state of each chain
     H = sum_k w_k h_k   H        (b, e, n)          the coupled state: all that time carries along
     P, U                P, U     (b, l, e, n)       transition and input of H, see `collapse`
 
 Reading order: `discretize`, `recurrence` (the definition), `collapse` (the idea), `convolution` and
-`scan` (the same numbers in less time or memory), `coupled_scan` (calls one of the three, whose w is
-then (m, b, l)), `Block` (Alg. 1), `CoupledMamba` (Fig. 1). On a CPU, `compile_scan()` makes `scan`
-faster still.
+`scan` (the same numbers in less time or memory), `coupled_scan` (calls one of the three), `Block`
+(Alg. 1), `CoupledMamba` (Fig. 1). On a CPU, `compile_scan()` makes `scan` faster still.
 """
 import math
 import os
@@ -54,8 +54,9 @@ def discretize(x, delta, A, B):
 def recurrence(x, delta, A, B, C, w, H0):
     """Eq. 6 as written: every chain, one step after the other. The reference for all other modes.
 
-    With w of shape (m, m), row m is what chain m reads of each chain (Eq. 5) and there is one H per
-    chain: H0 and H_last are (m, b, e, n). Equal rows are the (m,) case, the identity M lone Mambas.
+    w (m, b, l). Or (m, m): row i is what chain i reads of each chain (Eq. 5), and there is one H
+    per chain: H0 and H_last are (m, b, e, n). Equal rows are the same as one weight per chain, the
+    identity is M independent Mambas. Returns y without the skip D x, and H_last.
     """
     if w.dim() == 2:
         couple, weights = "mk,kben->mben", [w] * x.shape[2]
@@ -72,10 +73,10 @@ def recurrence(x, delta, A, B, C, w, H0):
 
 # ----------------------------------------------------------------------------- the heart: Eq. 7
 def collapse(S, V, w):
-    """M coupled chains are one recurrence. Multiply Eq. 6 by w[m] and sum over m:
+    """M coupled chains are one recurrence. Multiply Eq. 6 by w[m,t] and sum over m:
 
-        sum_m w[m] h[m,t]  =  (sum_m w[m] S[m,t]) * H[t-1]  +  sum_m w[m] V[m,t]
-              H[t]         =         P[t]         * H[t-1]  +        U[t]               Eq. 7
+        sum_m w[m,t] h[m,t]  =  (sum_m w[m,t] S[m,t]) * H[t-1]  +  sum_m w[m,t] V[m,t]
+               H[t]          =          P[t]          * H[t-1]  +         U[t]          Eq. 7
 
     So one scan serves any number of modalities, H is all that has to be remembered, and each chain
     is read off pointwise: h[m,t] = S[m,t] * H[t-1] + V[m,t].
@@ -136,7 +137,7 @@ def _time_invariant(x, delta, A, B, C, w, H0):
     y = torch.fft.irfft(spectrum, 2 * l)[..., :l]
     y = y + torch.einsum("mben,mbn->mbe", V, C)[..., None] * x
     y = y + torch.einsum("mben,ben,beni->mbei", CS, H0, powers[..., :l])
-    H = torch.einsum("kben,beni,kbei->ben", wV, powers[..., :l].flip(-1), x)
+    H = torch.einsum("kben,bens,kbes->ben", wV, powers[..., :l].flip(-1), x)
     return y.transpose(2, 3), H + powers[..., l] * H0
 
 
@@ -149,7 +150,7 @@ def scan(x, delta, A, B, C, w, H0):
     return _ChunkedScan.apply(x, delta, A, B, C, w, H0)
 
 
-CHUNK = 16               # steps between two states kept for backward
+CHUNK = 16               # steps between two states kept for backward (compiled: STEPS)
 HELD = 3 << 19           # elements of S held at once: a few megabytes, which stay in the cache
 
 
@@ -208,15 +209,17 @@ def _forward_chunk(delta, v, A, B, C, w, H, buffers):
 # The chain rule on Eqs. 6-7, with g[m,t] = dL/dh[m,t] and G[t] = dL/dH[t]:
 #     g[m,t] = C[m,t] dy[m,t] + w[m,t] G[t]
 #     G[t-1] = sum_m S[m,t] g[m,t] = P[t] G[t] + Q[t],   Q[t] = sum_m S[m,t] C[m,t] dy[m,t]
-# so backward is the same scan, run from the end. With v = delta x (V = v B) the rest is local:
+# so backward is the same scan, run from the end. With v = delta x, so V = v B, the rest is local:
 #     z  = g H[t-1] S      ddelta = sum_n z A + dv x      dA = sum_bl z delta
 #     dv = sum_n g B       dx = dv delta                  dB = sum_e g v
-#     dC = sum_e dy h      dw = sum_en G h                dH0 = G[0]
+#     dC = sum_e dy h      dw = sum_en G h                dH0 = G before the first step
+# g is never summed itself: sum_n g B = dy <B, C> + w sum_n G B, and so on. A chunk returns what G
+# and S H make, `adjoint` adds the rest. D x is added outside, by `coupled_scan`.
 def _backward_chunk(delta, v, A, B, C, w, dy, H, G, of_w, buffers):
     """The sums of the chain rule over one chunk, from H before it and G after it (b, e, n).
 
-    Returns G before it, dA (m, b, e, n), and (m, b, t, e or n) sum_n z A, sum_n G B, sum_e G v,
-    sum_e dy S H and, if `of_w`, sum_n G S H.
+    Returns G before it, dA (m, b, e, n), then sum_n z A, sum_n G B (m, b, t, e), sum_e G v,
+    sum_e dy S H (m, b, t, n) and, if `of_w`, sum_n G S H (m, b, t, e).
     """
     (m, b, t, e), n = delta.shape, A.shape[-1]
     S, P, before, _ = _states(delta, v, A, B, w, H, buffers)
@@ -227,9 +230,9 @@ def _backward_chunk(delta, v, A, B, C, w, dy, H, G, of_w, buffers):
     after = buffers("G", v, b, t, e, n)
     G = _walk(P, Q, G, after, range(t)[::-1])                        # after[:, t] = G[t]
     SH = S.mul_(before)                                              # overwrites S
-    G_ = after.flatten(0, 1)                                         # (b t, e, n)
-    GB = torch.bmm(_flat(B), G_.transpose(1, 2)).view(b, t, m, e).permute(2, 0, 1, 3)
-    Gv = torch.bmm(_flat(v), G_).view(b, t, m, n).permute(2, 0, 1, 3)
+    flat = after.flatten(0, 1)                                       # (b t, e, n)
+    GB = torch.bmm(_flat(B), flat.transpose(1, 2)).view(b, t, m, e).permute(2, 0, 1, 3)
+    Gv = torch.bmm(_flat(v), flat).view(b, t, m, n).permute(2, 0, 1, 3)
     ySH = torch.bmm(dy.reshape(-1, 1, e), SH.flatten(0, 2)).view_as(B)
     GSH = [(SH * after).sum(-1)] if of_w else []
     for k in range(m):
@@ -240,10 +243,10 @@ def _backward_chunk(delta, v, A, B, C, w, dy, H, G, of_w, buffers):
     return G, dA, zA, GB, Gv, ySH, *GSH
 
 
-# The same two as plain formulas, step by step. torch.compile fuses them: S, h, g and z stay in
-# registers, and little but H, G and the sums is written to memory.
+# `_forward_chunk` and `_backward_chunk` as plain formulas, step by step. torch.compile fuses them:
+# S, h, g and z stay in registers, and little but H, G and the sums is written to memory.
 STEPS = 4                # at a time: with more, compiling takes longer and nothing gets faster
-_compiled = None         # the pair, compiled, once `compile_scan` has been called
+_compiled = None         # the two, compiled, once `compile_scan` has been called
 
 
 def _forward_steps(delta, v, A, B, C, w, H):
@@ -291,23 +294,23 @@ def compile_scan():
                       "in the environment variable CXX. Going on without.", stacklevel=2)
         return False
     _compiled = torch.compile(_forward_steps), torch.compile(_backward_steps)
-    MODES["scan"] = MODES["auto"] = torch.compiler.disable(scan)     # where a model is compiled
+    MODES["scan"] = MODES["auto"] = torch.compiler.disable(scan)     # no torch.compile(model) in it
     return True
 
 
-def _run(which, delta, *rest):
-    """The body of a chunk, 0: forward, 1: backward; compiled where asked for, on whole chunks."""
+def _run(which, buffers, delta, *rest):
+    """A chunk forward (which = 0) or backward (1), if whole by compiled code where asked for."""
     if not _compiled or delta.shape[2] != STEPS or not delta.is_cpu:
-        return (_forward_chunk, _backward_chunk)[which](delta, *rest)
+        return (_forward_chunk, _backward_chunk)[which](delta, *rest, buffers)
     # All alike in layout and in not asking for a gradient: else each kind is compiled anew.
-    arguments = (v.detach().contiguous() if torch.is_tensor(v) else v for v in (delta, *rest[:-1]))
-    return _compiled[which](*arguments)
+    return _compiled[which](*(a.detach().contiguous() if torch.is_tensor(a) else a
+                              for a in (delta, *rest)))
 
 
 def _pieces(x, n):
     """Slices of the batch, so that S of a chunk is about HELD elements, and the chunks of time."""
     (m, b, l, e), steps = x.shape, STEPS if _compiled and x.is_cpu else CHUNK
-    rows = max(1, HELD // (max(steps, 2 * STEPS) * m * e * n))
+    rows = max(1, HELD // (max(steps, 2 * STEPS) * m * e * n))      # compiled: half is best
     return ([slice(i, i + rows) for i in range(0, b, rows)],
             [slice(i, i + steps) for i in range(0, l, steps)])
 
@@ -327,7 +330,7 @@ class _ChunkedScan(torch.autograd.Function):
                 if len(keep):
                     keep[i, r] = H
                 x_, delta_, B_, C_, w_ = (v[:, r, c] for v in (x, delta, B, C, w))
-                y[:, r, c], H = _run(0, delta_, delta_ * x_, A, B_, C_, w_, H, buffers)
+                y[:, r, c], H = _run(0, buffers, delta_, delta_ * x_, A, B_, C_, w_, H)
             H_last[r] = H
         return y, H_last
 
@@ -352,8 +355,8 @@ class _ChunkedScan(torch.autograd.Function):
             for i, c in reversed(list(enumerate(chunks))):
                 x_, delta_, B_, C_, w_, dy_ = (v[:, r, c] for v in (x, delta, B, C, w, dy))
                 v = delta_ * x_
-                G, dA_, zA, GB, Gv, ySH, *GSH = _run(1, delta_, v, A, B_, C_, w_, dy_, keep[i, r],
-                                                     G, of_w, buffers)
+                G, dA_, zA, GB, Gv, ySH, *GSH = _run(1, buffers, delta_, v, A, B_, C_, w_, dy_,
+                                                     keep[i, r], G, of_w)
                 BC, vdy = (B_ * C_).sum(-1, True), (v * dy_).sum(-1, True)
                 dv = dy_ * BC + w_[..., None] * GB
                 dx[:, r, c] = dv * delta_
@@ -482,7 +485,7 @@ class StackedLinear(nn.Module):
     """One linear map per modality, stored together so that one batched matmul serves all.
 
     NOTE: initialised to keep unit variance, where nn.Linear keeps a third. What y gets from the
-    state is cubic in x, through B and C: a third starts it at 0.002 of the skip D x; so, at 0.1.
+    state is cubic in x, through B and C: it starts at 0.1 of the skip D x, with a third at 0.002.
     """
 
     def __init__(self, m, d_in, d_out):
@@ -535,9 +538,10 @@ class Block(nn.Module):
             x = torch.addcmul(x, self.conv_weight[:, None, None, :, j], u[:, :, j:j + l])
         return x, u[:, :, l:]
 
-    def ssm(self, x, delta, A, B, C, w, H, mode):
+    def ssm(self, x, delta, A, B, C, mask, H, mode):
+        """y (m, b, l, e) and the last H (b, e, n), or (m, b, e, n) where nothing is coupled."""
         if self.coupling != "none":
-            return coupled_scan(x, delta, A, B, C, self.D, w, H, mode)
+            return coupled_scan(x, delta, A, B, C, self.D, self.weights(mask), H, mode)
         chains = [coupled_scan(*(v[i:i + 1] for v in (x, delta, A, B, C, self.D)), None, H[i], mode)
                   for i in range(len(x))]                                # M = 1 is exactly Mamba
         return torch.cat([y for y, _ in chains]), torch.stack([H for _, H in chains])
@@ -546,15 +550,15 @@ class Block(nn.Module):
         """f (m, b, l, d), mask (m, b, l) or None -> features (m, b, l, d), BlockState."""
         state = state or self.init_state(f.shape[1])
         rank, n = self.dt_proj.weight.shape[1], self.A_log.shape[2]
-        normed = F.layer_norm(f, f.shape[-1:]) * self.norm_weight[:, None, None]
+        normed = F.layer_norm(f, f.shape[-1:]) * self.norm_weight[:, None, None]     # (m, b, l, d)
         u, gate = self.in_proj(normed + self.norm_bias[:, None, None]).chunk(2, -1)  # (m, b, l, e)
-        x, tail = self.conv(_select(u, mask), state.conv)
+        x, tail = self.conv(_select(u, mask), state.conv)                # tail: see BlockState
         x = F.silu(x)                                                    # (m, b, l, e)
         low, B, C = self.x_proj(x).split([rank, n, n], -1)               # (m, b, l, rank | n | n)
         delta = F.softplus(self.dt_proj(low) + self.dt_bias[:, None, None])         # (m, b, l, e)
         delta = _select(delta, mask)            # after softplus: an absent step has S = 1 and V = 0
         A = -torch.exp(self.A_log.to(_state_dtype(self.A_log)))          # (m, e, n)
-        y, H = self.ssm(x, delta, A, B, C, self.weights(mask), state.H, mode or self.mode)
+        y, H = self.ssm(x, delta, A, B, C, mask, state.H, mode or self.mode)
         y = _select(y, mask) * F.silu(gate)                                 # (m, b, l, e)
         return f + self.dropout(self.out_proj(y)), BlockState(tail, H)
 
@@ -579,7 +583,7 @@ class CoupledMamba(nn.Module):
         coupling: what a chain reads of all states. "mean": w = 1/m. "learned": w = softmax of
             logits that start at zero. "sum": w = 1, Eq. 6 to the letter; P is then near m at the
             start and H grows like m^l: with 3 modalities and 3 blocks in float32, output and
-            gradients are not finite from l = 50 on. "none": M independent Mambas.
+            gradients are not finite from l = 50 on. "none": one Mamba per modality.
         mix: between layers, each modality adds a map of the others ("Cat" in Fig. 1).
         pooling: "max", "mean" or "last" (the last real step) over time.
         dropout: on the output of each block and in the head.

@@ -17,14 +17,14 @@ in two passes (reduce, then scan) keeps them busy at the same time:
     2. `_carry`     a short loop over segments:  start[s + 1] = product[s] start[s] + end[s]
     3. `_forward`   every segment again, now from its true start: y
 
-Why not tl.associative_scan: it also carries products of P and combines log l times, and Eq. 7
-leaves so little to do per step that the walk takes a third of the instructions of such a scan.
+Why not tl.associative_scan: it carries products of P beside H and combines every element log l
+times, where Eq. 7 leaves one multiplication and one addition per step to the walk.
 
 Backward is the same scan run from the end, G[t-1] = P[t] G[t] + Q[t], in the same passes; the chain
 rule, and the names g, z, Q, stand above `coupled_mamba._backward_chunk`. H is recomputed,
-chunk by chunk from the kept states, into work space for K steps. In memory are thus, beside inputs
-and gradients: forward l / K states, backward K more per segment, of which those of the running
-programs stay in the GPU's cache.
+chunk by chunk from the kept states, into work space for K = CHUNK steps. In memory are thus, beside
+inputs and gradients: forward l / K states, backward K more per segment, of which those of the
+running programs stay in the GPU's cache, and where there are several segments three of each.
 """
 import argparse
 import contextlib
@@ -56,6 +56,7 @@ CHUNK = 16                   # steps between two kept states
 FILL = 800                   # programs that keep a large GPU busy: below, time is cut ...
 SEGMENT = 512                # ... into segments of at least so many steps
 LOG2E = tl.constexpr(math.log2(math.e))
+GPU = torch.cuda.is_available()
 INTERPRETED = knobs.runtime.interpret                        # TRITON_INTERPRET=1, at import
 
 
@@ -148,7 +149,7 @@ def _backward(x, delta, A, B, C, D, w, start, dy, keep, work, dx, ddelta, dA, dB
               b, l, e, n, segments, length, slices,
               M: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
               EVEN: tl.constexpr, INDEX: tl.constexpr, K: tl.constexpr, DW: tl.constexpr):
-    """All gradients of a segment from G at its end, `start`.
+    """All gradients of a segment; the walk starts at its end, with G = `start`.
 
     work (programs, K, BE, BN): the H that each step of a chunk reads. dA (b segments, m, e, n) and
     dw (blocks of e, m, b, l) are the parts of each program. The blocks of e add up dB and dC in
@@ -229,7 +230,7 @@ def _plan(shape, n, acc, fits):
 
 
 def _options(constants, of_w):
-    """168 registers, 65536 / (3 x 128) rounded down, let three backward programs share an SM."""
+    """168 registers, 65536 / (3 x 128) cut to a multiple of 8, let three programs share an SM."""
     c, (tile, most) = constants, BACKWARD
     fits = not of_w and c["EVEN"] and c["M"] <= most and c["BE"] * c["BN"] <= tile
     return c | {"maxnreg": 168} if fits and c["ACC"] == tl.float32 else c
@@ -445,7 +446,6 @@ def compile_table(sizes=((64, 3), (64, 8), (5, 3)), e=256):
 
 
 # ----------------------------------------------------------------------------- the benchmark
-GPU = torch.cuda.is_available()
 SECTIONS = {                 # what is run, its cases, of which the last is ours, and its sizes
     "modes": ("the scan, forward and backward; loop: S and V of all steps, then a loop over them",
               ["loop", "recurrence", "scan", "compiled", "kernel"],
@@ -458,7 +458,7 @@ SECTIONS = {                 # what is run, its cases, of which the last is ours
                   + [dict(b=1, l=l) for l in (2000, 8000)]),
     "stream": ("model.step; memory: growth after the first 1,000 steps", ["lone", "coupled"],
                [dict(b=1, l=1000), dict(b=1, l=100_000, layers=1)]),
-    "training": ("forward, L1 loss, backward and Adam on SIMS' shapes",
+    "training": ("forward, L1 loss, backward, Adam on SIMS' shapes; scan: on a GPU the kernel",
                  ["recurrence", "scan", "compiled"],
                  [dict(b=128, l=50, widths=(768, 33, 709))])}
 
@@ -494,16 +494,15 @@ def workload(case):
     device, sizes = "cuda" if GPU else "cpu", dict(d_model=d_model, n_layers=layers, expand=2)
     if section in ("modes", "long"):
         p = problem(len(widths), b, l, 2 * d_model, d_state, device)
-        w, H0, _ = (p.pop(k).detach() for k in ("w", "H0", "D"))         # as in coupling "mean"
+        w, H0, _ = (p.pop(k).detach() for k in ("w", "H0", "D"))     # coupling "mean" has no dw
         scan = {**MODES, "loop": loop, "kernel": triton_coupled_scan}.get(name, MODES["scan"])
         dy = torch.randn_like(p["x"])
         return lambda: torch.autograd.grad(scan(**p, w=w, H0=H0)[0], list(p.values()), dy)
-    if name == "explicit" and 16 * b * l * l * (len(widths) - 1) > 8e9:  # bytes, in 4 heads
-        raise MemoryError("scores of more than 8 GB")
-    model = CrossAttention(widths, 1, dropout=0.0, explicit=name == "explicit", **sizes) \
-        if name in ("explicit", "fused") else \
-        CoupledMamba(widths, d_state=d_state, coupling="none" if name == "lone" else "mean",
-                     mode="recurrence" if name == "recurrence" else "auto", **sizes)
+    if name in ("explicit", "fused"):
+        model = CrossAttention(widths, 1, dropout=0.0, explicit=name == "explicit", **sizes)
+    else:
+        model = CoupledMamba(widths, d_state=d_state, coupling="none" if name == "lone" else "mean",
+                             mode="recurrence" if name == "recurrence" else "auto", **sizes)
     model, state = model.to(device), model.init_state(b)
     shape, adam = (b,) if section == "stream" else (b, l), torch.optim.Adam(model.parameters())
     xs = [torch.randn(*shape, width, device=device) for width in widths]
@@ -533,7 +532,7 @@ def memory(field):
 
 @functools.cache
 def warm(case):
-    """The workload after a first run, and the memory in use before the second."""
+    """The workload after a run to warm up, and the memory in use before it is timed."""
     import coupled_mamba
     if case.name == "compiled":
         coupled_mamba.compile_scan()
@@ -549,7 +548,7 @@ def warm(case):
 
 
 def measure(case):
-    """Seconds of a run, and bytes more than before the first. In a process of its own."""
+    """Seconds of a run, and bytes more than before. To be called in a process of its own."""
     run, before = warm(case)
     wait, runs, start = (torch.cuda if GPU else torch.cpu).synchronize, 0, time.perf_counter()
     while not runs or time.perf_counter() - start < 0.1:

@@ -202,7 +202,7 @@ def test_all_modes_agree_in_values_and_every_gradient(p, constant, last, mode, h
     if constant:                                 # in time: an FFT, where w is so, too
         p = {k: v[:, :, 0] if k in ("delta", "B", "C") else v for k, v in p.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coupled_mamba, "HELD", held)         # 100: several blocks of the batch
+        patch.setattr(coupled_mamba, "HELD", held)           # 100: several blocks of the batch
         patch.setattr(coupled_mamba, "_compiled", stepwise)
         assert_close(run(p, mode, last), run(p, "recurrence", last), TOLERANCE[torch.float64])
 
@@ -249,11 +249,11 @@ def test_narrow_inputs_have_a_float32_state_and_their_own_dtype_out(mode, dtype)
 @pytest.mark.parametrize("mode", [*MODES, KERNEL])
 def test_gradients_are_those_of_finite_differences_and_second_ones_right_or_refused(mode):
     p = {k: v.requires_grad_() for k, v in problem(2, 1, CHUNK + 2, 2, 2, seed=3).items()}
-    given = lambda *v: compute(dict(zip(p, v)), mode), tuple(p.values())
+    call = lambda *v: compute(dict(zip(p, v)), mode), tuple(p.values())
     how = dict(atol=1e-6, nondet_tol=1e-9, fast_mode=True)
-    assert torch.autograd.gradcheck(*given, **how)
+    assert torch.autograd.gradcheck(*call, **how)
     if mode in ("recurrence", "convolution"):
-        assert torch.autograd.gradgradcheck(*given, **how)
+        assert torch.autograd.gradgradcheck(*call, **how)
         return
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(compute(p, mode)[0].sum(), p["x"], create_graph=True)
