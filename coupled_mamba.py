@@ -536,7 +536,7 @@ class Block(nn.Module):
         l, x = u.shape[2] - tail.shape[2], self.conv_bias[:, None, None]
         for j in range(tail.shape[2] + 1):
             x = torch.addcmul(x, self.conv_weight[:, None, None, :, j], u[:, :, j:j + l])
-        return x, u[:, :, l:]
+        return x, u[:, :, l:].clone()    # a view would keep all of u alive
 
     def ssm(self, x, delta, A, B, C, mask, H, mode):
         """y (m, b, l, e) and the last H (b, e, n), or (m, b, e, n) where nothing is coupled."""
