@@ -10,6 +10,7 @@ step size and maps (Delta, B, C) are computed from x at every step ("selective")
 
     h[m,t] = S[m,t] * sum_k w[k,t-1] h[k,t-1] + V[m,t]      y[m,t] = C[m,t] . h[m,t] + D[m] x[m,t]
 
+for t = 1 .. l, from a given H[0] = sum_k w[k,0] h[k,0], by default zero.
 Axes, always in this order: m modalities, b batch, l time, then d (model width), e = expand * d
 (inner width), n (state size).
 

@@ -523,18 +523,30 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"train.py: error: {message}; --help explains every option\n")
 
 
+HELP = """Train and evaluate Coupled Mamba.
+
+  python train.py --dataset sims                         a minute, without data on a stand-in
+  python train.py --dataset mosi --data FILE             the paper's settings, 5 seeds
+  python train.py --dataset sims --fusion attention      what the paper compares with
+  torchrun --nproc_per_node=2 train.py --dataset sims    on two GPUs, or two CPU processes
+
+Defaults are the paper's; on the synthetic stand-in, what you do not give shrinks to a run of about
+a minute. Results go to --out: results.json, and for each seed weights, predictions and a log.
+"""
+
+
 def parse(argv):
-    p = Parser(
-        description="Train and evaluate Coupled Mamba. Defaults are the paper's; on the synthetic "
-                    "stand-in, what you do not give shrinks to a run of about a minute. Under "
-                    "torchrun the processes share every batch of (their number) x --batch-size.")
+    p = Parser(usage="python train.py --dataset NAME [options]", description=HELP,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = p
 
     def option(name, kind, default, text, says=None, **more):
-        p.add_argument(name, type=kind, default=default, **more,
-                       help=f"{text} (default: {default if says is None else says})")
+        more |= {} if "choices" in more else {"metavar": "PATH" if kind is Path else "N"}
+        group.add_argument(name, type=kind, default=default, **more,
+                           help=f"{text} (default: {default if says is None else says})")
 
     def flag(name, text):
-        p.add_argument(name, action="store_true", help=f"{text} (default: off)")
+        group.add_argument(name, action="store_true", help=f"{text} (default: off)")
 
     def at_least(kind, low, below=float("inf")):
         def number(text):
@@ -547,15 +559,27 @@ def parse(argv):
 
     count, real, share = at_least(int, 1, 10 ** 7), at_least(float, 0.0), at_least(float, 0.0, 1.0)
     names = sorted({name for spec in data.SPECS.values() for name in spec.modalities})
-    p.add_argument("--dataset", required=True, choices=list(data.SPECS), help="which dataset")
+
+    group = p.add_argument_group("data")
+    group.add_argument("--dataset", required=True, choices=list(data.SPECS), help="which dataset")
     option("--data", Path, None, "its file or folder", says="data/<dataset>/, else the stand-in")
     option("--out", Path, None, "folder for the results", says="runs/<dataset>-<fusion>")
     option("--task", str, None, "what to predict: a number; or classes, labels in mmimdb",
            says="regression for the sentiment sets, else classification",
            choices=["regression", "classification"])
-    option("--fusion", str, "coupled", "coupled: the paper's method; mamba: one Mamba per modality, "
-           "joined only by the Cat maps; average, concat: one Mamba on the streams averaged or side by side; "
-           "attention: each modality attends to the others",
+    option("--length", count, None, "steps every stream of a sentiment set is resampled to",
+           "min(50, longest stream)")
+    option("--tokens", count, None, "steps every vector of brca, rosmap, mmimdb is cut into",
+           data.TOKENS)
+    option("--missing-rate", share, 0.0, "set this share of all input elements to zero, the mean, "
+           "for training and evaluation; the same elements for every model and seed")
+    option("--drop", str, None, "evaluate on test also without these: " + ", ".join(names), "none",
+           nargs="+", choices=names, metavar="MODALITY")
+
+    group = p.add_argument_group("model")
+    option("--fusion", str, "coupled", "coupled: the paper's method; mamba: one Mamba for each "
+           "modality, joined only by the Cat maps; average, concat: one Mamba on the streams "
+           "averaged or side by side; attention: each modality attends to the others",
            choices=["coupled", "mamba", "average", "concat", "attention"])
     option("--coupling", str, "mean", "weights of the states: 1/m, softmax of learned logits, or "
            "all 1 as in Eq. 6, which diverges", choices=["mean", "learned", "sum"])
@@ -565,17 +589,12 @@ def parse(argv):
                        ("d-conv", "width of the convolution")):
         option("--" + name, count, None, text, says=PAPER[name.replace("-", "_")])
     option("--dt-rank", count, None, "rank of the map to delta", says="d_state / 8")
-    option("--dropout", share, None, "dropout", says=PAPER["dropout"])
-    option("--pooling", str, "max", "over time", choices=["max", "mean", "last"])
-    option("--length", count, None, "steps every stream of a sentiment set is resampled to",
-           "min(50, longest stream)")
-    option("--tokens", count, None, "steps every vector of brca, rosmap, mmimdb is cut into",
-           data.TOKENS)
-    option("--missing-rate", share, 0.0, "set this share of all input elements to zero, the mean, "
-           "for training and evaluation; the same elements for every model and seed")
-    option("--drop", str, None, "evaluate on test also without these modalities", "none", nargs="+",
-           choices=names)
-    option("--epochs", count, None, "epochs", says=PAPER["epochs"])
+    option("--dropout", share, None, "of each block's output and in the head", PAPER["dropout"])
+    option("--pooling", str, "max", "over time; last: the last real step",
+           choices=["max", "mean", "last"])
+
+    group = p.add_argument_group("training")
+    option("--epochs", count, None, "how often all training clips are seen", says=PAPER["epochs"])
     option("--batch-size", count, None, "clips per step and process",
            says=", ".join(f"{k} {v}" for k, v in BATCH.items()))
     option("--lr", at_least(float, 0.0, 100.0), None, "learning rate, halved every 50 epochs",
@@ -586,6 +605,8 @@ def parse(argv):
            "MAE (regression) or loss (classification); 0: never")
     option("--seeds", at_least(int, 1, 10 ** 6), None, "how many runs", says=PAPER["seeds"])
     option("--seed", at_least(int, 0, 2 ** 31), 0, "the first seed; the others follow")
+
+    group = p.add_argument_group("how it runs")
     option("--device", str, "auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
     option("--mode", str, "auto", "how the scan is computed", choices=list(MODES))
     flag("--amp", "matrix products in bfloat16; the state stays float32")
