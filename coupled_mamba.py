@@ -600,6 +600,7 @@ class CoupledMamba(nn.Module):
                                      ("mode", mode, MODES)):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+        d_inputs = tuple(d_inputs)
         m, dt_rank = len(d_inputs), max(1, d_state // 8) if dt_rank is None else dt_rank
         if min([m, *d_inputs, d_output, d_model, n_layers, d_state, expand, d_conv, dt_rank]) < 1:
             raise ValueError("every size must be at least 1, and there must be one stream or more")
@@ -634,6 +635,10 @@ class CoupledMamba(nn.Module):
         """
         xs, mask = [x[:, None] for x in xs_t], None if mask is None else mask[..., None]
         self._check(xs, mask)
+        b = len(xs[0])
+        if len(state.blocks) != len(self.blocks) or state.pooled.shape[:2] != (len(xs), b):
+            raise ValueError(f"state is not one of this model for a batch of {b}: begin with "
+                             f"init_state({b})")
         return self._advance(xs, mask, state, mode="recurrence")
 
     def init_state(self, batch_size):
@@ -694,6 +699,8 @@ class CoupledMamba(nn.Module):
         if got != [(*b_l, width) for width in widths]:
             raise ValueError(f"xs has shapes {got}, expected (b, l, width) for each of the widths "
                              f"{widths}, with one b and one l: resample to a common length")
+        if 0 in b_l:
+            raise ValueError(f"xs has shapes {got}, expected a batch and a length of at least 1")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (len(got), *b_l)):
             raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}, expected bool of "
                              f"shape {(len(got), *b_l)}: True where there is a frame")

@@ -213,7 +213,8 @@ class _Reader(pickle._Unpickler):
     def find_class(self, module, name):
         if (module, name) not in self.NAMES:
             raise DataError(f"asks for {module}.{name}, which no dataset needs: the file may be "
-                            "hostile, nothing in it was run; fetch it from its publisher")
+                            "hostile, nothing in it was run; fetch it from its publisher, or store "
+                            "NumPy arrays if you made it")
         return self.NAMES[module, name]
 
     def read(self, size=-1):
@@ -262,7 +263,7 @@ def _mmsa(path, spec, task, length, tokens):
     length = length or min(50, max(x.shape[1] for split in raw.values() for x in split))
     own, splits = any("classification_labels" in content[s] for s in SPLITS), {}
     for s in SPLITS:
-        y, xs, present = _labels(content[s], s, task, spec.classes, own), [], []
+        y, xs, present = _labels(content[s], s, task, spec.classes, spec.scale, own), [], []
         for m, x in zip(MODALITIES, raw[s]):
             if len(x) != len(y):
                 raise DataError(f"{s}/{m} has {len(x)} clips and there are {len(y)} labels")
@@ -285,16 +286,20 @@ def _features(split, s, m):
     return x
 
 
-def _labels(split, s, task, classes, own):
+def _labels(split, s, task, classes, scale, own):
     if "regression_labels" not in split:
         raise DataError(f"split {s} has no 'regression_labels', only {str(list(split))[:80]}")
     with np.errstate(over="ignore"):
         y = _array(split["regression_labels"], f"{s}/regression_labels").astype(np.float32)
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     if y.ndim != 1:
         raise DataError(f"{s}/regression_labels has shape {y.shape}, expected (clips,)")
     if not np.isfinite(y).all():
         raise DataError(f"{s}/regression_labels holds {np.sum(~np.isfinite(y))} values that are "
                         "NaN or infinite, expected numbers: remove those clips")
+    if len(y) and np.abs(y).max() > 1.001 * scale:
+        raise DataError(f"{s}/regression_labels reach {np.abs(y).max():.4g}, expected at most "
+                        f"{scale:g}: is this the file of another dataset?")
     if task == "regression":
         return y
     if not own:

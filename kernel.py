@@ -36,6 +36,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -565,12 +566,17 @@ def in_turn(row):
     """
     found, spawn = {case: ([], 0) for case in row}, multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
-        pools = {case: stack.enter_context(ProcessPoolExecutor(1, spawn)) for case in row}
+        pools = {case: stack.enter_context(ProcessPoolExecutor(
+            1, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))) for case in row}
         for turn in range(7):
             for case in list(found):
                 try:
                     seconds, size = pools[case].submit(measure, case).result()
                     found[case] = [*found[case][0], seconds], size
+                except KeyboardInterrupt:                                # the workers know nothing
+                    for worker in multiprocessing.active_children():
+                        worker.kill()
+                    raise
                 except (MemoryError, RuntimeError) as error:             # or it was killed
                     print(f"{case.name}: {error}", file=sys.stderr)
                     del found[case]
@@ -628,7 +634,8 @@ def main():
         description="Check the kernels against the float64 reference (without a GPU: in Triton's "
                     "interpreter), print what the compiler makes of them (no GPU needed), and on a "
                     "GPU time them. Exit code 1 if an error is too large or a register is spilled.")
-    for name, text in (("check", "the errors"), ("compile", "the compile table"),
+    for name, text in (("check", "the errors: about a minute without a GPU"),
+                       ("compile", "the compile table"),
                        ("benchmark", "time and memory of the modes, of the model beside cross "
                         "attention, of a stream, of training, on a GPU or a CPU")):
         parser.add_argument("--" + name, action="store_true", help=f"only {text}")
@@ -658,4 +665,7 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -629,6 +629,10 @@ def test_wrong_options_and_inputs_are_named():
     for mask in (torch.ones(3, 2, 20), torch.ones(3, 2, 19, dtype=torch.bool)):
         with pytest.raises(ValueError, match="mask is"):
             model(xs, mask)
+    with pytest.raises(ValueError, match="a length of at least 1"):
+        model([x[:, :0] for x in xs])
+    with pytest.raises(ValueError, match="batch of 2: begin with init_state.2."):
+        model.step([x[:, 0] for x in xs], model.init_state(3))
 
 
 def small_model(fusion):
@@ -836,6 +840,7 @@ HOSTILE = [
     (mmsa, wrong("test", "audio", np.ones((4, 40, 3))), "test/audio has 4 clips"),
     (mmsa, wrong("train", "regression_labels", [np.nan] * 12), "values that are NaN"),
     (mmsa, wrong("valid", "audio", np.ones((6, 40, 2))), "widths [3, 2, 3]"),
+    (mmsa, wrong("test", "regression_labels", [3.5] * 6), "reach 3.5, expected at most 3"),
     (mogonet, lambda content: content.pop("2_te"), "has no 2_te.csv"), (mogonet, None, "no folder"),
     (mogonet, wrong(None, "1_tr", "1,2\n1\n"), "1_tr.csv is empty, ragged"),
     (mogonet, wrong(None, "labels_te", np.arange(7)), "from 0 to 1"),
@@ -992,7 +997,7 @@ def test_metrics_of_degenerate_predictions_are_numbers_or_nan():
     assert train.label_metrics(none, none) == {"micro F1": 0, "macro F1": 0}
     got = train.sentiment_metrics(none, np.ones(5, int))                 # every clip is neutral
     assert np.isnan(got["Acc-2"]) and got["Acc-3"] == 0 == got["F1-3"]
-    assert train.sparkline([3, 1, np.nan, 2]) == "█▁ ▄" and train.sparkline([np.nan]) == " "
+    assert train.sparkline([3, 1, np.nan, 2]) == "█▁ ▅" and train.sparkline([np.nan]) == " "
 
 
 # ----------------------------------------------------------------------------- training
@@ -1020,9 +1025,10 @@ def log_of(out, seed=0):
 
 def test_a_run_leaves_its_files_whole_and_chooses_the_epoch_on_valid(folder, capsys):
     labels, found = mmsa()["test"]["regression_labels"], []
-    for poison in (0, 100):                      # the labels of test must not steer anything
+    for sign in (1, -1):                         # the labels of test must not steer anything
         write(folder / "a.pkl",
-              change=wrong("test", "regression_labels", [v + poison for v in labels]))
+              change=wrong("test", "regression_labels", [v * sign for v in labels]))
+        shutil.rmtree("o", ignore_errors=True)
         assert train.main([*RUN, "2", "--out", "o"]) == 0
         assert sorted(os.listdir("o")) == ["results.json"] + [f"seed{k}.{e}" for k in (0, 1)
                                                               for e in ("jsonl", "npz", "pt")]
@@ -1043,7 +1049,10 @@ def test_a_run_leaves_its_files_whole_and_chooses_the_epoch_on_valid(folder, cap
     maes = [r["test"]["MAE"] for r in found[1]["seeds"]]
     assert [found[1][k]["MAE"] for k in ("mean", "std")] == pytest.approx([np.mean(maes),
                                                                            np.std(maes)])
-    assert train.main([*RUN, "1", "--out", "o"]) == 0        # a new run: nothing of the old stays
+    assert train.main([*RUN, "2", "--out", "o", "--layers", "2"]) == 2   # would lose this one
+    assert "give the same options, or another --out" in capsys.readouterr().err
+    assert results("o") == found[1] and len(os.listdir("o")) == 7
+    assert train.main([*RUN, "1", "--out", "o"]) == 0        # the same anew: nothing old stays
     assert sorted(os.listdir("o")) == ["results.json", "seed0.jsonl", "seed0.npz", "seed0.pt"]
 
 
@@ -1120,8 +1129,9 @@ def test_workers_autocast_and_compile_change_how_and_not_what(folder, monkeypatc
     monkeypatch.setattr(train, "compile_scan", lambda: monkeypatch.setattr(
         coupled_mamba, "_compiled", STEPWISE))
     for how in ([], ["--workers", "2"], ["--compile"], ["--amp"]):
-        assert train.main([*RUN, "1", "--epochs", "2", "--length", "3", "--out", "o", *how]) == 0
-        maes.append(results("o")["mean"]["MAE"])
+        out = "o" + "".join(how)
+        assert train.main([*RUN, "1", "--epochs", "2", "--length", "3", "--out", out, *how]) == 0
+        maes.append(results(out)["mean"]["MAE"])
     assert maes[0] == maes[1] == pytest.approx(maes[2], rel=1e-5)
     assert maes[0] != maes[3] == pytest.approx(maes[0], rel=0.05)
 

@@ -358,7 +358,8 @@ def run_seed(seed, config, dataset, device, out, say, resume=False):
 
     def progress(done, total, whole):
         if RANK == 0 and sys.stdout.isatty():
-            print(f"\r  {done}/{whole} clips, loss {total.item() / done * WORLD:.4f} \r", end="",
+            print("\r" + "synthetic | " * dataset.synthetic
+                  + f"{done}/{whole} clips, loss {total.item() / done * WORLD:.4f} \r", end="",
                   flush=True)
 
     for epoch in range(first, config["epochs"] + 1):
@@ -431,7 +432,8 @@ def sparkline(values, width=60):
                               .astype(int)]
     finite = picked[np.isfinite(picked)]
     low, span = (finite.min(), np.ptp(finite) or 1) if len(finite) else (0, 1)
-    return "".join("▁▂▃▄▅▆▇█"[int(7 * (v - low) / span)] if np.isfinite(v) else " " for v in picked)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / span)] if np.isfinite(v) else " "
+                   for v in picked)
 
 
 def show(metrics, most=None):
@@ -455,10 +457,14 @@ def run(config, dataset, out, say, resume=False):
                    "python": platform.python_version(), "system": platform.system()}
     report = {"dataset": dataset.name, "synthetic": dataset.synthetic, "task": config["task"],
               "config": config, "environment": environment, "seeds": []}
+    there = (out / "results.json").exists()
+    done = finished(out, config, resume) if there else []
     if resume:
-        report["seeds"] = finished(out, config)
-    elif RANK == 0:
-        for old in out.glob("seed*"):            # of an earlier run
+        report["seeds"] = done
+        if not there:
+            say(f"nothing to resume in {out}: from the first epoch")
+    elif there and RANK == 0:                    # the same run anew: nothing of the old one stays
+        for old in out.glob("seed*"):
             if re.fullmatch(r"seed\d+\.(resume|pt|npz|jsonl)", old.name):
                 old.unlink()
     if RANK == 0:
@@ -472,7 +478,9 @@ def run(config, dataset, out, say, resume=False):
     say(f"{size:,} parameters, device {environment['device']}"
         + f" x {WORLD} processes" * (WORLD > 1) + f", mode {config['mode']}, results in {out}")
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
-        if seed not in [r["seed"] for r in report["seeds"]]:
+        if seed in [r["seed"] for r in report["seeds"]]:
+            say(f"seed {seed}  was finished before")
+        else:
             report["seeds"].append(run_seed(seed, config, dataset, device, out, say, resume))
         for part, suffix in (("test", ""), ("test_dropped", "_dropped")):
             tests = [r[part] for r in report["seeds"] if part in r]
@@ -486,15 +494,14 @@ def run(config, dataset, out, say, resume=False):
         if "mean" + suffix in report:
             say(f"test{' without ' + ', '.join(config['drop']) if suffix else ''}, mean ± std of "
                 f"{len(report['seeds'])} seed{'s' * (len(report['seeds']) > 1)}: "
-                + "  ".join(f"{k} {v:.4f} ± {report['std' + suffix][k]:.4f}"
+                + "  ".join(f"{k} {v:.4f}" + f" ± {report['std' + suffix][k]:.4f}"
+                            * (len(report["seeds"]) > 1)
                             for k, v in report["mean" + suffix].items()))
 
 
-def finished(out, config):
+def finished(out, config, resume):
     """The seeds that `out/results.json` has, after a check that it is of the same run."""
     path = out / "results.json"
-    if not path.exists():
-        return []
     try:
         report = json.loads(path.read_text())
         theirs, seeds = dict(report["config"]), report["seeds"]
@@ -505,16 +512,17 @@ def finished(out, config):
                 r[part] = {k: float("nan") if v is None else float(v) for k, v in r[part].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise data.DataError(f"{path} is no result of this program: give another --out") from None
-    same_run(path, theirs, config)
+    same_run(path, theirs, config if resume else config | {"seeds": theirs.get("seeds")})
     return seeds
 
 
 def same_run(path, theirs, config):
     """Raise unless `config` is that of the run at `path`, up to more seeds and other workers."""
-    for k in sorted(config.keys() - {"workers"}):
-        if theirs.get(k) != config[k] and not (k == "seeds" and theirs.get(k, 0) < config[k]):
-            raise data.DataError(f"{path} is of a run with {k}={theirs.get(k)}, this one has "
-                                 f"{config[k]}: give the same options, or another --out")
+    other = [f"{k}={theirs.get(k)} (here {config[k]})" for k in sorted(config.keys() - {"workers"})
+             if theirs.get(k) != config[k] and not (k == "seeds" and theirs.get(k, 0) < config[k])]
+    if other:
+        raise data.DataError(f"{path} is of another run, with {', '.join(other)}: give the same "
+                             "options, or another --out")
 
 
 # ----------------------------------------------------------------------------- command line
@@ -537,7 +545,7 @@ a minute. Results go to --out: results.json, and for each seed weights, predicti
 
 def parse(argv):
     p = Parser(usage="python train.py --dataset NAME [options]", description=HELP,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
+               formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     group = p
 
     def option(name, kind, default, text, says=None, **more):
@@ -550,11 +558,14 @@ def parse(argv):
 
     def at_least(kind, low, below=float("inf")):
         def number(text):
-            value = kind(text)
-            if not low <= value < below:
-                raise ValueError
-            return value
-        number.__name__ = f"{kind.__name__} >= {low}" + (f" and < {below}" if below < 1e99 else "")
+            try:
+                if low <= kind(text) < below:
+                    return kind(text)
+            except ValueError:
+                pass
+            raise argparse.ArgumentTypeError(
+                f"got {text!r}, expected a {'whole ' * (kind is int)}number from {low} up"
+                + f", below {below}" * (below < 1e99))
         return number
 
     count, real, share = at_least(int, 1, 10 ** 7), at_least(float, 0.0), at_least(float, 0.0, 1.0)
@@ -694,8 +705,9 @@ def main(argv=None):
             print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ntrain.py: interrupted; the same command with --resume goes on from the last epoch",
-              file=sys.stderr)
+        if RANK == 0:
+            print("\ntrain.py: interrupted; the same command with --resume goes on after the last "
+                  "whole epoch", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(
