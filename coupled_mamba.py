@@ -415,7 +415,7 @@ def coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None, mode="auto"):
     with torch.autocast(x.device.type, enabled=False):
         y, H_last = MODES[mode](x, delta, A, B, C, w, H0)
         if D is not None:
-            y = y + D[:, None, None] * x
+            y = torch.addcmul(y, D[:, None, None], x)
     return y.to(dtype), H_last
 
 
