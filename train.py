@@ -432,8 +432,8 @@ def sparkline(values, width=60):
                               .astype(int)]
     finite = picked[np.isfinite(picked)]
     low, span = (finite.min(), np.ptp(finite) or 1) if len(finite) else (0, 1)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / span)] if np.isfinite(v) else " "
-                   for v in picked)
+    bars = "▁▂▃▄▅▆▇█"
+    return "".join(bars[round(7 * (v - low) / span)] if np.isfinite(v) else " " for v in picked)
 
 
 def show(metrics, most=None):
