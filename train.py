@@ -1,7 +1,7 @@
 """Train and evaluate Coupled Mamba, and what the paper compares it with:
 
     python train.py --dataset sims
-    torchrun --nproc_per_node=2 train.py --dataset sims        # data-parallel, on GPUs or CPUs
+    torchrun --nproc_per_node=2 train.py --dataset sims --out runs/two     # on two GPUs or CPUs
 
 Without a data file the run goes on with a synthetic stand-in and says so on every line. Results go
 to --out: `results.json`, and for each seed the best weights (`seed0.pt`), the test predictions
@@ -490,12 +490,12 @@ def run(config, dataset, out, say, resume=False):
         if RANK == 0:
             write_json(out / "results.json", report)
             (out / f"seed{seed}.resume").unlink(missing_ok=True)
-    for suffix in ("", "_dropped"):
+    several = len(report["seeds"]) > 1
+    for suffix, without in ("", ""), ("_dropped", f" without {', '.join(config['drop'] or [])}"):
         if "mean" + suffix in report:
-            say(f"test{' without ' + ', '.join(config['drop']) if suffix else ''}, mean ± std of "
-                f"{len(report['seeds'])} seed{'s' * (len(report['seeds']) > 1)}: "
-                + "  ".join(f"{k} {v:.4f}" + f" ± {report['std' + suffix][k]:.4f}"
-                            * (len(report["seeds"]) > 1)
+            say(f"test{without}, mean" + " ± std" * several
+                + f" of {len(report['seeds'])} seed{'s' * several}: "
+                + "  ".join(f"{k} {v:.4f}" + f" ± {report['std' + suffix][k]:.4f}" * several
                             for k, v in report["mean" + suffix].items()))
 
 
@@ -536,7 +536,7 @@ HELP = """Train and evaluate Coupled Mamba.
   python train.py --dataset sims                         a minute, without data on a stand-in
   python train.py --dataset mosi --data FILE             the paper's settings, 5 seeds
   python train.py --dataset sims --fusion attention      what the paper compares with
-  torchrun --nproc_per_node=2 train.py --dataset sims    on two GPUs, or two CPU processes
+  torchrun --nproc_per_node=2 train.py --dataset sims --out runs/two    on two GPUs or CPUs
 
 Defaults are the paper's; on the synthetic stand-in, what you do not give shrinks to a run of about
 a minute. Results go to --out: results.json, and for each seed weights, predictions and a log.
