@@ -1,671 +1,647 @@
-"""The coupled scan as Triton kernels, forward and backward:  python kernel.py
+"""The coupled scan as Triton kernels for NVIDIA GPUs, forward and backward.
 
-`triton_coupled_scan` computes what `coupled_mamba.coupled_scan` does, in one walk over time per
-direction. Symbols and shapes are those of coupled_mamba.py.
+`coupled_mamba.coupled_scan` calls `scan` in mode "kernel". Symbols and shapes are those
+of coupled_mamba.py. `python kernel.py` checks the kernels and times them on a GPU.
 
-One program owns one clip, one segment of time and a block of the inner width e, and walks its
-segment with H (BE, n) in registers:
+The method. A program is one warp of 32 threads. It owns one sample, one segment of time
+and a block of the inner width e, and walks through its segment with H in registers:
 
-    time        0 ............................................... l
-    segments    |        0        |        1        |     2     |      few clips: several segments
-    chunks      |...|...|...|...|...|...|...|...|...|...|...|...|      H is kept where one begins
+    time      0 ............................................... l
+    segments  |        0        |        1        |     2     |    few samples: several
+    chunks    |...|...|...|...|...|...|...|...|...|...|...|...|    each start is kept
 
-Many clips fill a GPU with one segment each. Few do not: time is then cut into segments, and a scan
-in two passes (reduce, then scan) keeps them busy at the same time:
+Many samples fill a GPU with one segment each. If there are few, time is cut into
+segments that are computed at the same time, in two passes with a short step between
+("reduce, then scan"):
 
-    1. `_reduce`    every segment from H = 0: its product of P, and the H that it ends with
-    2. `_carry`     a short loop over segments:  start[s + 1] = product[s] start[s] + end[s]
-    3. `_forward`   every segment again, now from its true start: y
+    1. `_reduce`   walks each segment from H = 0: product of P, and the H at its end
+    2. `_carry`    goes over the segments: start[s + 1] = product[s] * start[s] + end[s]
+    3. `_forward`  walks each segment again, now from its true start, and writes y
 
-Why not tl.associative_scan: it carries products of P beside H and combines every element log l
-times, where Eq. 7 leaves one multiplication and one addition per step to the walk.
+Within a segment a walk needs one multiplication and one addition per step (Eq. 7).
+tl.associative_scan would combine each element log(l) times, and products of P with it.
 
-Backward is the same scan run from the end, G[t-1] = P[t] G[t] + Q[t], in the same passes; the chain
-rule, and the names g, z, Q, stand above `coupled_mamba._backward_chunk`. H is recomputed,
-chunk by chunk from the kept states, into work space for K = CHUNK steps. In memory are thus, beside
-inputs and gradients: forward l / K states, backward K more per segment, of which those of the
-running programs stay in the GPU's cache, and where there are several segments three of each.
+Backward is the same scan from the end of time, in the same passes. Its equations stand
+above `_backward`. It needs H at every step, and recomputes it chunk by chunk from the
+kept states, into a work space of CHUNK steps per program. No tensor as large as S or V
+exists.
+
+With one warp per program, sums over channels and states stay within the warp. Several
+warps would have to add up through shared memory, and would wait there most of the time.
 """
 import argparse
-import contextlib
-import ctypes
 import functools
-import importlib.util
 import math
-import multiprocessing
 import os
-import platform
-import re
-import signal
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-CHUNK = 16                   # steps between two kept states
-FILL = 800                   # programs that keep a large GPU busy: below, time is cut ...
-SEGMENT = 512                # ... into segments of at least so many steps
+CHUNK = 16                       # steps between two kept states
+SEGMENT = 64                     # the shortest segment, in steps
+FORWARD, BACKWARD = 4, 2         # the fewest segments for which one more pass pays
+TILE = 512                       # numbers of H in one program: 16 per thread
+MODALITIES = 8                   # the most that the registers of a program can serve
+WIDE = 2 ** 31                   # tensors with more elements need offsets of 64 bits
+
+# A multiprocessor has 65,536 registers, and a thread uses up to 255 of them: so many
+# programs of 32 threads run on it at the same time. Without a GPU we plan for an H100.
+RESIDENT = 65536 // (32 * 255)
+PROCESSORS = 132
+
 LOG2E = tl.constexpr(math.log2(math.e))
-GPU = torch.cuda.is_available()
-INTERPRETED = knobs.runtime.interpret                        # TRITON_INTERPRET=1, at import
+INTERPRETED = knobs.runtime.interpret        # TRITON_INTERPRET=1, read at import
 
 
-# ----------------------------------------------------------------------------- the kernels
-# Pointers, all contiguous: x, delta, y, dy, dx, ddelta (m, b, l, e); B, C (m, b, l, n);
-# w (m, b, l); A (m, e, n); D (m, e); start, product, end (b, segments, e, n);
-# keep (b, chunks, e, n); H_last, dH0 (b, e, n).
-# BE, BN: channels and (a power of two) states of a program. EVEN: none lies outside e or n. Those
-# that do read 0: then S = 1, V = 0, C = 0, and nothing comes of them. ACC: float32, or float64 for
-# float64 inputs; what is loaded becomes ACC at once. INDEX: int64 where offsets need it.
+# ------------------------------------------------------------------------- the kernels
+# All tensors are contiguous. Channels beyond e and states beyond n read 0: then S = 1,
+# V = 0 and C = 0, and nothing comes of them. EVEN says that there are none. ACC, float32
+# or float64, is the type of state and arithmetic; INDEX is the type of offsets.
 @triton.jit
-def _program(A, e, n, segments, M: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
-             ACC: tl.constexpr, EVEN: tl.constexpr, INDEX: tl.constexpr):
-    """Clip, segment and block of this program with its masks, and A log2(e) of each chain."""
-    i, s = (tl.program_id(0) // segments).to(INDEX), tl.program_id(0) % segments
-    es, ns = tl.program_id(1) * BE + tl.arange(0, BE), tl.arange(0, BN)
-    in_e, in_n = (es < e) | EVEN, (ns < n) | EVEN
-    tile, in_tile = es[:, None] * n + ns[None, :], in_e[:, None] & in_n[None, :]
+def _load(pointer, mask, ACC: tl.constexpr):
+    return tl.load(pointer, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def _load_A2(A, tile, in_tile, size, M: tl.constexpr, ACC: tl.constexpr):
+    """A log2(e) of every chain: exp2 is one instruction, exp is several."""
     A2 = ()
     for k in tl.static_range(M):
-        A2 += (tl.load(A + k * e * n + tile, in_tile, 0.).to(ACC) * LOG2E,)
-    return i, s, es, ns, in_e, in_n, tile, in_tile, A2
+        A2 += (_load(A + k * size + tile, in_tile, ACC) * LOG2E,)
+    return A2
 
 
 @triton.jit
-def _step(x, delta, B, w, row, e, n, es, ns, in_e, in_n, ACC: tl.constexpr):
-    """delta, x, v = delta x (V = v B), B and w of one step of one chain."""
-    d = tl.load(delta + row * e + es, in_e, 0.).to(ACC)
-    x_ = tl.load(x + row * e + es, in_e, 0.).to(ACC)
-    B_ = tl.load(B + row * n + ns, in_n, 0.).to(ACC)
-    return d, x_, d * x_, B_, tl.load(w + row).to(ACC)
+def _reduce(
+    x, delta,                    # (m, b, l, e)
+    A,                           # (m, e, n)
+    B,                           # (m, b, l, n)
+    w,                           # (m, b, l)
+    product, end,                # (b, segments, e, n), written
+    b, l, e, n, segments, length,
+    M: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, REVERSE: tl.constexpr,
+):
+    """The product of P over a segment, and the H at its end if it starts from H = 0.
 
-
-@triton.jit
-def _reduce(x, delta, A, B, w, product, end, b, l, e, n, segments, length,
-            M: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
-            EVEN: tl.constexpr, INDEX: tl.constexpr, REVERSE: tl.constexpr):
-    """Product of P over a segment, and its last H from H = 0.
-
-    With REVERSE, G from G = 0 backwards; x and B are then dy and C, as Q = sum_m S C dy.
+    With REVERSE: the G at its start if it ends with G = 0. Then dy is given for x and C
+    for B, since Q = sum_m S (C dy) takes the place of U = sum_m w (Delta x B).
     """
-    i, s, es, ns, in_e, in_n, tile, in_tile, A2 = _program(A, e, n, segments, M, BE, BN, ACC, EVEN,
-                                                        INDEX)
-    H, product_ = tl.zeros((BE, BN), ACC), tl.full((BE, BN), 1., ACC)
-    first, last = s * length, min((s + 1) * length, l)
-    for j in range(last - first):
-        t = last - 1 - j if REVERSE else first + j
-        P, U = tl.zeros((BE, BN), ACC), tl.zeros((BE, BN), ACC)
+    i = (tl.program_id(0) // segments).to(INDEX)                     # the sample
+    s = tl.program_id(0) % segments                                  # the segment
+    channels = tl.program_id(1) * BE + tl.arange(0, BE)
+    states = tl.arange(0, BN)
+    in_e = (channels < e) | EVEN
+    in_n = (states < n) | EVEN
+    tile = channels[:, None] * n + states[None, :]
+    in_tile = in_e[:, None] & in_n[None, :]
+
+    A2 = _load_A2(A, tile, in_tile, e * n, M, ACC)
+    H = tl.zeros((BE, BN), ACC)
+    total = tl.full((BE, BN), 1.0, ACC)
+    first = s * length
+    last = min(first + length, l) - 1
+
+    for j in tl.range(last - first + 1, num_stages=2):       # the next step loads early
+        t = last - j if REVERSE else first + j
+        P = tl.zeros((BE, BN), ACC)
+        U = tl.zeros((BE, BN), ACC)
+
         for k in tl.static_range(M):
             row = (k * b + i) * l + t
-            d, x_, v, B_, w_ = _step(x, delta, B, w, row, e, n, es, ns, in_e, in_n, ACC)
+            d = _load(delta + (row * e + channels), in_e, ACC)
+            x_ = _load(x + (row * e + channels), in_e, ACC)
+            B_ = _load(B + (row * n + states), in_n, ACC)
+            w_ = tl.load(w + row).to(ACC)
+
             S = tl.exp2(d[:, None] * A2[k])
             P += w_ * S
-            U += S * (x_[:, None] * B_[None, :]) if REVERSE else (w_ * v)[:, None] * B_[None, :]
-        H = P * H + U
-        product_ *= P
+            if REVERSE:
+                U += S * (x_[:, None] * B_[None, :])
+            else:
+                U += (w_ * d * x_)[:, None] * B_[None, :]
+
+        H = P * H + U                                                # Eq. 7
+        total *= P
+
     out = (i * segments + s).to(tl.int64) * e * n + tile
-    tl.store(product + out, product_, in_tile)
-    tl.store(end + out, H, in_tile)
+    tl.store(product + out, total, mask=in_tile)
+    tl.store(end + out, H, mask=in_tile)
 
 
 @triton.jit
-def _forward(x, delta, A, B, C, D, w, start, y, H_last, keep, b, l, e, n, segments, length,
-             M: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
-             EVEN: tl.constexpr, INDEX: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr):
-    """y of a segment from its start state; H where a chunk begins goes to `keep`."""
-    i, s, es, ns, in_e, in_n, tile, in_tile, A2 = _program(A, e, n, segments, M, BE, BN, ACC, EVEN,
-                                                        INDEX)
-    H = tl.load(start + (i * segments + s).to(tl.int64) * e * n + tile, in_tile, 0.)
+def _carry(
+    product, end,                # (b, segments, e n)
+    state,                       # (b, e n): where the first segment starts
+    start,                       # (b, segments, e n), written
+    size, segments, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+):
+    """The state that each segment starts from. With REVERSE, the last comes first."""
+    i = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_size = part < size
+    H = tl.load(state + i * size + part, mask=in_size, other=0.0)
+
+    for j in tl.range(segments, num_stages=2):
+        s = segments - 1 - j if REVERSE else j
+        at = (i * segments + s) * size + part
+        tl.store(start + at, H, mask=in_size)
+        P = tl.load(product + at, mask=in_size, other=0.0)
+        H = P * H + tl.load(end + at, mask=in_size, other=0.0)
+
+
+@triton.jit
+def _forward(
+    x, delta,                    # (m, b, l, e)
+    A,                           # (m, e, n)
+    B, C,                        # (m, b, l, n)
+    D,                           # (m, e)
+    w,                           # (m, b, l)
+    start,                       # (b, segments, e, n)
+    y,                           # (m, b, l, e), written
+    H_last,                      # (b, e, n), written
+    keep,                        # (b, chunks, e, n), written if KEEP
+    b, l, e, n, segments, length,
+    M: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, K: tl.constexpr, KEEP: tl.constexpr,
+):
+    """y of a segment from its start state. `keep` gets the H before each chunk."""
+    i = (tl.program_id(0) // segments).to(INDEX)
+    s = tl.program_id(0) % segments
+    channels = tl.program_id(1) * BE + tl.arange(0, BE)
+    states = tl.arange(0, BN)
+    in_e = (channels < e) | EVEN
+    in_n = (states < n) | EVEN
+    tile = channels[:, None] * n + states[None, :]
+    in_tile = in_e[:, None] & in_n[None, :]
+
+    A2 = _load_A2(A, tile, in_tile, e * n, M, ACC)
+    skip = ()
+    for k in tl.static_range(M):
+        skip += (_load(D + (k * e + channels), in_e, ACC),)
+    start += (i * segments + s).to(tl.int64) * e * n
+    H = tl.load(start + tile, mask=in_tile, other=0.0)
+
     for c in range(s * length // K, tl.cdiv(min((s + 1) * length, l), K)):
         if KEEP:
-            tl.store(keep + (i * tl.cdiv(l, K) + c).to(tl.int64) * e * n + tile, H, in_tile)
-        for t in range(c * K, min(c * K + K, l)):
+            kept = keep + (i * tl.cdiv(l, K) + c).to(tl.int64) * e * n
+            tl.store(kept + tile, H, mask=in_tile)
+
+        for t in tl.range(c * K, min(c * K + K, l), num_stages=2):
             H_next = tl.zeros((BE, BN), ACC)
+            ys = ()
+
             for k in tl.static_range(M):
                 row = (k * b + i) * l + t
-                d, x_, v, B_, w_ = _step(x, delta, B, w, row, e, n, es, ns, in_e, in_n, ACC)
-                C_ = tl.load(C + row * n + ns, in_n, 0.).to(ACC)
-                D_ = tl.load(D + k * e + es, in_e, 0.).to(ACC)
-                h = tl.exp2(d[:, None] * A2[k]) * H + v[:, None] * B_[None, :]          # Eq. 6
-                tl.store(y + row * e + es, tl.sum(h * C_[None, :], 1) + D_ * x_, in_e)
+                d = _load(delta + (row * e + channels), in_e, ACC)
+                x_ = _load(x + (row * e + channels), in_e, ACC)
+                B_ = _load(B + (row * n + states), in_n, ACC)
+                C_ = _load(C + (row * n + states), in_n, ACC)
+                w_ = tl.load(w + row).to(ACC)
+
+                S = tl.exp2(d[:, None] * A2[k])
+                h = S * H + (d * x_)[:, None] * B_[None, :]          # Eq. 6
+                ys += (tl.sum(h * C_[None, :], 1) + skip[k] * x_,)
                 H_next += w_ * h
+
+            for k in tl.static_range(M):         # stored after all loads: none waits
+                row = (k * b + i) * l + t
+                tl.store(y + (row * e + channels), ys[k], mask=in_e)
             H = H_next
+
     if s == segments - 1:
-        tl.store(H_last + i * e * n + tile, H, in_tile)
+        tl.store(H_last + i * e * n + tile, H, mask=in_tile)
 
 
+# The chain rule on Eqs. 6-7, with g[m,t] = dL/dh[m,t] and G[t] = dL/dH[t]:
+#     g[m,t] = C[m,t] dy[m,t] + w[m,t] G[t]
+#     G[t-1] = sum_m S[m,t] g[m,t] = P[t] G[t] + Q[t]
+#     Q[t]    = sum_m S[m,t] C[m,t] dy[m,t]
+# so backward is the same scan, run from the end. With v = delta x, so that V = v B, the
+# rest is local:
+#     z  = g S H[t-1]      ddelta = sum_n z A + dv x      dA = sum_bl z delta
+#     dv = sum_n g B       dx = dv delta + D dy           dB = sum_e g v
+#     dC = sum_e h dy      dw = sum_en G h                dH0 = G before the first step
 @triton.jit
-def _backward(x, delta, A, B, C, D, w, start, dy, keep, work, dx, ddelta, dA, dBC, dw, dH0,
-              b, l, e, n, segments, length, slices,
-              M: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr,
-              EVEN: tl.constexpr, INDEX: tl.constexpr, K: tl.constexpr, DW: tl.constexpr):
-    """All gradients of a segment; the walk starts at its end, with G = `start`.
+def _backward(
+    x, delta,                    # (m, b, l, e)
+    A,                           # (m, e, n)
+    B, C,                        # (m, b, l, n)
+    D,                           # (m, e)
+    w,                           # (m, b, l)
+    start,                       # (b, segments, e, n): the G after each segment
+    dy,                          # (m, b, l, e)
+    keep,                        # (b, chunks, e, n)
+    work,                        # (programs, K, BE, BN): H before each step of a chunk
+    dx, ddelta,                  # (m, b, l, e), written
+    dA,                          # (b segments, m, e, n), written: a part per program
+    dB, dC,                      # (slices, m, b, l, n): the blocks of e add to them
+    dw,                          # (blocks of e, m, b, l), written if DW, as dA is
+    dH0,                         # (b, e, n), written
+    b, l, e, n, segments, length, slices,
+    M: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+    ACC: tl.constexpr, INDEX: tl.constexpr, K: tl.constexpr, DW: tl.constexpr,
+):
+    """All gradients but that of D, for a segment that is walked from its end."""
+    i = (tl.program_id(0) // segments).to(INDEX)
+    s = tl.program_id(0) % segments
+    block = tl.program_id(1)
+    channels = block * BE + tl.arange(0, BE)
+    states = tl.arange(0, BN)
+    in_e = (channels < e) | EVEN
+    in_n = (states < n) | EVEN
+    tile = channels[:, None] * n + states[None, :]
+    in_tile = in_e[:, None] & in_n[None, :]
 
-    work (programs, K, BE, BN): the H that each step of a chunk reads. dA (b segments, m, e, n) and
-    dw (blocks of e, m, b, l) are the parts of each program. The blocks of e add up dB and dC in
-    dBC (slices, m, b, l, n, 2): in one slice, or each in its own if the order must be fixed.
-    """
-    i, s, es, ns, in_e, in_n, tile, in_tile, A2 = _program(A, e, n, segments, M, BE, BN, ACC, EVEN,
-                                                        INDEX)
-    pe = tl.program_id(1)
-    dBC += (pe % slices).to(tl.int64) * M * b * l * n * 2
-    pairs = 2 * ns[:, None] + tl.arange(0, 2)[None, :]
-    in_pairs = (pairs < 2 * n) | EVEN
-    work += (tl.program_id(0) * tl.num_programs(1) + pe).to(tl.int64) * K * BE * BN
-    work += tl.arange(0, BE)[:, None] * BN + ns[None, :]
-    G, dA_ = tl.load(start + (i * segments + s).to(tl.int64) * e * n + tile, in_tile, 0.), ()
+    work += (tl.program_id(0) * tl.num_programs(1) + block).to(tl.int64) * K * BE * BN
+    work += tl.arange(0, BE)[:, None] * BN + states[None, :]
+    dB += (block % slices).to(tl.int64) * M * b * l * n
+    dC += (block % slices).to(tl.int64) * M * b * l * n
+    dw += block.to(tl.int64) * M * b * l
+
+    A2 = _load_A2(A, tile, in_tile, e * n, M, ACC)
+    dA_ = ()
     for k in tl.static_range(M):
         dA_ += (tl.zeros((BE, BN), ACC),)
+    start += (i * segments + s).to(tl.int64) * e * n
+    G = tl.load(start + tile, mask=in_tile, other=0.0)
+
     for c in range(tl.cdiv(min((s + 1) * length, l), K) - 1, s * length // K - 1, -1):
+        kept = keep + (i * tl.cdiv(l, K) + c).to(tl.int64) * e * n
+        H = tl.load(kept + tile, mask=in_tile, other=0.0)
         steps = min(K, l - c * K)
-        H = tl.load(keep + (i * tl.cdiv(l, K) + c).to(tl.int64) * e * n + tile, in_tile, 0.)
-        tl.debug_barrier()           # all warps have read the chunk before: work is free again
-        for j in range(steps):
+
+        for j in tl.range(steps, num_stages=2):              # forward, by Eq. 7
             tl.store(work + j * BE * BN, H)
-            H_next = tl.zeros((BE, BN), ACC)
+            P = tl.zeros((BE, BN), ACC)
+            U = tl.zeros((BE, BN), ACC)
+
             for k in tl.static_range(M):
                 row = (k * b + i) * l + c * K + j
-                d, x_, v, B_, w_ = _step(x, delta, B, w, row, e, n, es, ns, in_e, in_n, ACC)
-                H_next += w_ * (tl.exp2(d[:, None] * A2[k]) * H + v[:, None] * B_[None, :])
-            H = H_next
-        tl.debug_barrier()           # all of this chunk is written, whichever warp needs it
-        for j in range(steps - 1, -1, -1):
-            H, G_next, dA_next = tl.load(work + j * BE * BN), tl.zeros((BE, BN), ACC), ()
+                d = _load(delta + (row * e + channels), in_e, ACC)
+                x_ = _load(x + (row * e + channels), in_e, ACC)
+                B_ = _load(B + (row * n + states), in_n, ACC)
+                w_ = tl.load(w + row).to(ACC)
+                P += w_ * tl.exp2(d[:, None] * A2[k])
+                U += (w_ * d * x_)[:, None] * B_[None, :]
+            H = P * H + U
+
+        for r in tl.range(steps, num_stages=2):              # and back
+            j = steps - 1 - r
+            H = tl.load(work + j * BE * BN)
+            G_next = tl.zeros((BE, BN), ACC)
+            dA_next = ()
+
             for k in tl.static_range(M):
                 row = (k * b + i) * l + c * K + j
-                d, x_, v, B_, w_ = _step(x, delta, B, w, row, e, n, es, ns, in_e, in_n, ACC)
-                C_ = tl.load(C + row * n + ns, in_n, 0.).to(ACC)
-                D_ = tl.load(D + k * e + es, in_e, 0.).to(ACC)
-                dy_ = tl.load(dy + row * e + es, in_e, 0.).to(ACC)
+                d = _load(delta + (row * e + channels), in_e, ACC)
+                x_ = _load(x + (row * e + channels), in_e, ACC)
+                dy_ = _load(dy + (row * e + channels), in_e, ACC)
+                B_ = _load(B + (row * n + states), in_n, ACC)
+                C_ = _load(C + (row * n + states), in_n, ACC)
+                D_ = _load(D + (k * e + channels), in_e, ACC)
+                w_ = tl.load(w + row).to(ACC)
+
+                v = d * x_
                 S = tl.exp2(d[:, None] * A2[k])
-                SH, g = S * H, dy_[:, None] * C_[None, :] + w_ * G
-                h, z = SH + v[:, None] * B_[None, :], SH * g
-                dA_next += (dA_[k] + z * d[:, None],)
-                G_next += S * g
-                dv = tl.sum(g * B_[None, :], 1)
-                tl.store(dx + row * e + es, dv * d + D_ * dy_, in_e)
-                tl.store(ddelta + row * e + es, dv * x_ + tl.sum(z * A2[k], 1) / LOG2E, in_e)
-                both = tl.sum(tl.join(g * v[:, None], h * dy_[:, None]), 0)    # dB and dC (BN, 2)
-                tl.atomic_add(dBC + row * 2 * n + pairs, both, in_pairs, sem="relaxed")
+                SH = S * H
+                h = SH + v[:, None] * B_[None, :]
                 if DW:
-                    tl.store(dw + pe.to(tl.int64) * M * b * l + row, tl.sum(G * h))
-            G, dA_ = G_next, dA_next
+                    tl.store(dw + row, tl.sum(G * h))
+                g = dy_[:, None] * C_[None, :] + w_ * G
+                z = SH * g
+                G_next += S * g
+                dA_next += (dA_[k] + z * d[:, None],)
+
+                dv = tl.sum(g * B_[None, :], 1)
+                zA = tl.sum(z * A2[k], 1) / LOG2E
+                dB_ = tl.sum(g * v[:, None], 0)
+                dC_ = tl.sum(h * dy_[:, None], 0)
+                tl.atomic_add(dB + (row * n + states), dB_, mask=in_n, sem="relaxed")
+                tl.atomic_add(dC + (row * n + states), dC_, mask=in_n, sem="relaxed")
+                tl.store(dx + (row * e + channels), D_ * dy_ + dv * d, mask=in_e)
+                tl.store(ddelta + (row * e + channels), dv * x_ + zA, mask=in_e)
+
+            G = G_next
+            dA_ = dA_next
+
     for k in tl.static_range(M):
-        tl.store(dA + (tl.program_id(0).to(tl.int64) * M + k) * e * n + tile, dA_[k], in_tile)
+        out = dA + (tl.program_id(0).to(tl.int64) * M + k) * e * n
+        tl.store(out + tile, dA_[k], mask=in_tile)
     if s == 0:
-        tl.store(dH0 + i * e * n + tile, G, in_tile)
+        tl.store(dH0 + i * e * n + tile, G, mask=in_tile)
 
 
-# ----------------------------------------------------------------------------- launching
-# (numbers of H per program, most modalities): 4 warps keep what belongs to so many numbers in
-# registers, as `python kernel.py` shows; with more modalities a program gets half as many.
-# Instructions per number and modality at n = 64, M = 3 on sm_90, counted in the machine code:
-# forward 11.1; backward 8.8 to recompute and 33.9 to walk back, with dw 8.3 and 36.4.
-FORWARD, BACKWARD = (2048, 6), (1024, 3)
-WIDE = 2 ** 31                       # tensors of more elements need 64-bit offsets
+# -------------------------------------------------------------------------- the launch
+class Plan(NamedTuple):
+    """How a problem is cut into programs."""
+    grid: tuple                  # (b segments, blocks of e)
+    sizes: tuple                 # b, l, e, n, segments, steps of a segment
+    constants: dict              # what the kernels are compiled for
 
 
-def _plan(shape, n, acc, fits):
-    """Grid, sizes and constants of a launch. fits: FORWARD or BACKWARD."""
-    (m, b, l, e), BN, (tile, most) = shape, triton.next_power_of_2(n), fits
-    BE = min(max(1, tile // (1 + (m > most)) // BN), triton.next_power_of_2(e))
+@functools.cache
+def _plan(m, b, l, e, n, double, backward, processors, chunk, shortest, fewest):
+    """Cut e into blocks and, if they do not fill the GPU, time into segments."""
+    BN = triton.next_power_of_2(n)
+    tile = TILE
+    if double or m > 4 or (backward and (m > 3 or (m == 3 and BN <= 32))):
+        tile = TILE // 2                         # more does not fit into the registers
+    BE = min(max(1, tile // BN), triton.next_power_of_2(e))
     blocks = triton.cdiv(e, BE)
-    segments = max(1, min(FILL // (b * blocks), l // SEGMENT))
-    length = CHUNK * triton.cdiv(triton.cdiv(l, segments), CHUNK)        # whole chunks
+
+    segments = min(processors * RESIDENT // (b * blocks), l // shortest)
+    if segments < fewest:
+        segments = 1
+    length = chunk * triton.cdiv(triton.cdiv(l, segments), chunk)    # whole chunks
     segments = triton.cdiv(l, length)
-    return (b * segments, blocks), (b, l, e, n, segments, length), dict(
-        M=m, BE=BE, BN=BN, ACC=tl.float64 if acc == torch.float64 else tl.float32,
-        EVEN=e % BE == 0 and n == BN, num_warps=4,
-        INDEX=tl.int64 if b * max(m * l * max(e, 2 * n), e * n) >= WIDE else tl.int32)
+
+    wide = max(m * b * l * max(e, n), b * e * n) >= WIDE
+    constants = {"M": m, "BE": BE, "BN": BN, "EVEN": e % BE == 0 and n == BN,
+                 "ACC": tl.float64 if double else tl.float32,
+                 "INDEX": tl.int64 if wide else tl.int32, "num_warps": 1}
+    return Plan((b * segments, blocks), (b, l, e, n, segments, length), constants)
 
 
-def _options(constants, of_w):
-    """168 registers, 65536 / (3 x 128) cut to a multiple of 8, let three programs share an SM."""
-    c, (tile, most) = constants, BACKWARD
-    fits = not of_w and c["EVEN"] and c["M"] <= most and c["BE"] * c["BN"] <= tile
-    return c | {"maxnreg": 168} if fits and c["ACC"] == tl.float32 else c
+def _plan_for(x, A, H, backward):
+    processors = PROCESSORS
+    if x.is_cuda:
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return _plan(*x.shape, A.shape[-1], H.dtype == torch.float64, backward, processors,
+                 CHUNK, SEGMENT, BACKWARD if backward else FORWARD)
 
 
-def _carry(state, x, delta, A, B, w, plan, reverse):
-    """The state that each segment starts from, (b, segments, e, n), given the very first."""
-    grid, sizes, constants = plan
-    (b, e, n), segments = state.shape, sizes[4]
+def _starts(state, x, delta, A, B, w, plan, reverse):
+    """The states (b, segments, e, n) that the segments start from, given the first."""
+    b, _, e, n, segments, _ = plan.sizes
     if segments == 1:
-        return state[:, None].contiguous()
-    product, end = state.new_empty(2, b, segments, e, n)
-    _reduce[grid](x, delta, A, B, w, product, end, *sizes, REVERSE=reverse, **constants)
-    starts = torch.empty_like(end)
-    for s in range(segments)[::-1 if reverse else 1]:
-        starts[:, s] = state
-        state = torch.addcmul(end[:, s], product[:, s], state)
-    return starts
+        return state
+
+    product = state.new_empty(b, segments, e, n)
+    end = torch.empty_like(product)
+    start = torch.empty_like(product)
+    _reduce[plan.grid](x, delta, A, B, w, product, end, *plan.sizes, REVERSE=reverse,
+                       **plan.constants)
+    _carry[b, triton.cdiv(e * n, 128)](product, end, state, start, e * n, segments,
+                                       BLOCK=128, REVERSE=reverse, num_warps=1)
+    return start
+
+
+def _add_up(parts, like):
+    """The sum over the first axis, in the dtype of `like`."""
+    total = parts[0] if len(parts) == 1 else parts.sum(0)
+    return total.to(like.dtype)
 
 
 @torch.library.custom_op("coupled_mamba::scan", mutates_args=())
-def _scan(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
-          D: torch.Tensor, w: torch.Tensor, H0: torch.Tensor, train: bool
-          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, H_last and, to train, H where each chunk begins (b, chunks, e, n)."""
-    x, delta, A, B, C, D, w, H0 = (v.contiguous() for v in (x, delta, A, B, C, D, w, H0))
-    (b, e, n), l = H0.shape, x.shape[2]
-    y, H_last = torch.empty_like(x), torch.empty_like(H0)
+def _scan(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
+          C: torch.Tensor, D: torch.Tensor, w: torch.Tensor, H0: torch.Tensor,
+          train: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, H_last and, to train, the H with which each chunk starts (b, chunks, e, n)."""
+    x, delta, A, B, C, D, w, H0 = (
+        v.contiguous() for v in (x, delta, A, B, C, D, w, H0))
+    plan = _plan_for(x, A, H0, backward=False)
+    b, l, e, n, _, _ = plan.sizes
+    y = torch.empty_like(x)
+    H_last = torch.empty_like(H0)
     keep = H0.new_empty(b, triton.cdiv(l, CHUNK) if train else 0, e, n)
+
     with torch.cuda.device_of(x):
-        plan = grid, sizes, constants = _plan(x.shape, n, H0.dtype, FORWARD)
-        start = _carry(H0, x, delta, A, B, w, plan, False)
-        _forward[grid](x, delta, A, B, C, D, w, start, y, H_last, keep, *sizes, K=CHUNK, KEEP=train,
-                       **constants)
+        start = _starts(H0, x, delta, A, B, w, plan, reverse=False)
+        _forward[plan.grid](x, delta, A, B, C, D, w, start, y, H_last, keep,
+                            *plan.sizes, K=CHUNK, KEEP=train, **plan.constants)
     return y, H_last, keep
 
 
 @torch.library.custom_op("coupled_mamba::scan_backward", mutates_args=())
-def _scan_backward(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
-                   C: torch.Tensor, D: torch.Tensor, w: torch.Tensor, keep: torch.Tensor,
-                   dy: torch.Tensor, dH_last: torch.Tensor, of_w: bool) -> list[torch.Tensor]:
-    """The gradients of x, delta, A, B, C, D, w (zero unless `of_w`) and H0."""
-    x, delta, A, B, C, D, w, dy, dH_last = (v.contiguous() for v in
-                                            (x, delta, A, B, C, D, w, dy, dH_last))
-    (m, b, l, e), n = x.shape, A.shape[-1]
+def _scan_backward(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor,
+                   B: torch.Tensor, C: torch.Tensor, D: torch.Tensor, w: torch.Tensor,
+                   keep: torch.Tensor, dy: torch.Tensor, dH_last: torch.Tensor,
+                   of_w: bool) -> list[torch.Tensor]:
+    """The gradients of x, delta, A, B, C, D and H0, and if `of_w` then that of w."""
+    x, delta, A, B, C, D, w, dy, dH_last = (
+        v.contiguous() for v in (x, delta, A, B, C, D, w, dy, dH_last))
+    plan = _plan_for(x, A, keep, backward=True)
+    m, b, l, e = x.shape
+    n = A.shape[-1]
+    programs, blocks = plan.grid
+    slices = 1
+    if torch.are_deterministic_algorithms_enabled():
+        slices = blocks                          # a block each: the order is fixed
+
+    dx = torch.empty_like(x)
+    ddelta = torch.empty_like(delta)
+    dA = keep.new_empty(programs, m, e, n)
+    dB = keep.new_zeros(slices, m, b, l, n)
+    dC = torch.zeros_like(dB)
+    dw = keep.new_empty(blocks if of_w else 0, m, b, l)
+    dH0 = torch.empty_like(dH_last)
+    work = keep.new_empty(programs * blocks, CHUNK, plan.constants["BE"],
+                          plan.constants["BN"])
+
     with torch.cuda.device_of(x):
-        plan = grid, sizes, constants = _plan(x.shape, n, keep.dtype, BACKWARD)
-        start = _carry(dH_last, dy, delta, A, C, w, plan, True)
-        slices = grid[1] if torch.are_deterministic_algorithms_enabled() else 1
-        work = keep.new_empty(math.prod(grid), CHUNK, constants["BE"], constants["BN"])
-        dx, ddelta, dH0 = torch.empty_like(x), torch.empty_like(delta), torch.empty_like(dH_last)
-        dA, dBC = keep.new_empty(grid[0], m, e, n), keep.new_zeros(slices, m, b, l, n, 2)
-        dw = keep.new_zeros(grid[1] if of_w else 1, m, b, l)
-        _backward[grid](x, delta, A, B, C, D, w, start, dy, keep, work, dx, ddelta, dA, dBC, dw,
-                        dH0, *sizes, slices, K=CHUNK, DW=of_w, **_options(constants, of_w))
-    dD = (dy.to(keep.dtype) * x).sum((1, 2))
-    parts = dA.sum(0), dBC[..., 0].sum(0), dBC[..., 1].sum(0), dD, dw.sum(0)
-    return [dx, ddelta, *(d.to(v.dtype) for d, v in zip(parts, (A, B, C, D, w))), dH0]
+        start = _starts(dH_last, dy, delta, A, C, w, plan, reverse=True)
+        _backward[plan.grid](x, delta, A, B, C, D, w, start, dy, keep, work, dx, ddelta,
+                             dA, dB, dC, dw, dH0, *plan.sizes, slices, K=CHUNK, DW=of_w,
+                             **plan.constants)
+
+    dD = (dy.to(keep.dtype) * x).sum((1, 2)).to(D.dtype)
+    gradients = [dx, ddelta, _add_up(dA, A), _add_up(dB, B), _add_up(dC, C), dD, dH0]
+    if of_w:
+        gradients.append(_add_up(dw, w))
+    return gradients
 
 
+# The shapes and dtypes that the operators return, which is all that torch.compile asks.
 @_scan.register_fake
 def _(x, delta, A, B, C, D, w, H0, train):
     chunks = -(-x.shape[2] // CHUNK) if train else 0
-    keep = H0.new_empty(H0.shape[0], chunks, *H0.shape[1:])      # no len: it may be symbolic
+    keep = H0.new_empty(H0.shape[0], chunks, *H0.shape[1:])
     return x.new_empty(x.shape), H0.new_empty(H0.shape), keep
 
 
 @_scan_backward.register_fake
 def _(x, delta, A, B, C, D, w, keep, dy, dH_last, of_w):
-    return [v.new_empty(v.shape) for v in (x, delta, A, B, C, D, w, dH_last)]
+    inputs = [x, delta, A, B, C, D, dH_last]
+    if of_w:
+        inputs.append(w)
+    return [v.new_empty(v.shape) for v in inputs]
 
 
-def _save(ctx, inputs, output):
-    *tensors, H0, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)     # no zeros for `keep`, which nobody differentiates
+class _Scan(torch.autograd.Function):
+    """Saved for backward: the inputs but H0, and H at the start of each chunk."""
+
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C, D, w, H0, train):
+        y, H_last, keep = _scan(x, delta, A, B, C, D, w, H0, train)
+        ctx.save_for_backward(x, delta, A, B, C, D, w, keep)
+        return y, H_last
+
+    @staticmethod
+    def backward(ctx, dy, dH_last):
+        if torch.is_grad_enabled():
+            raise RuntimeError("mode 'kernel' has no second derivative, which "
+                               "create_graph=True asks for: use mode='recurrence'")
+        of_w = ctx.needs_input_grad[6]
+        gradients = _scan_backward(*ctx.saved_tensors, dy, dH_last, of_w)
+        dx, ddelta, dA, dB, dC, dD, dH0 = gradients[:7]
+        dw = gradients[7] if of_w else None
+        return dx, ddelta, dA, dB, dC, dD, dw, dH0, None
 
 
-def _gradients(ctx, dy, dH_last, _):
-    if torch.is_grad_enabled():
-        raise RuntimeError("the Triton kernel has no second derivative, which create_graph=True "
-                           "asks for: use mode='recurrence'")
-    saved = x, *_, keep = ctx.saved_tensors
-    dy = torch.zeros_like(x) if dy is None else dy
-    dH_last = torch.zeros_like(keep[:, 0]) if dH_last is None else dH_last
-    return *_scan_backward(*saved, dy, dH_last, ctx.needs_input_grad[6]), None
-
-
-torch.library.register_autograd(_scan, _gradients, setup_context=_save)
-
-
-# ----------------------------------------------------------------------------- the entry point
-def triton_coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None):
-    """`coupled_mamba.coupled_scan` by the kernels: same arguments, same results.
+# --------------------------------------------------------------------------- the entry
+def scan(x, delta, A, B, C, D, w, H0):
+    """The coupled scan, for arguments that `coupled_mamba.coupled_scan` has checked.
 
     Args:
-        x, delta: (m, b, l, e), m from 1 to 8.   A: (m, e, n).   B, C: (m, b, l, n).
-        D: (m, e) or None.   w: (m,) or (m, b, l); None is 1/m each.   H0: (b, e, n) or None.
-        float32, bfloat16, float16 or float64, in any memory layout.
+        x, delta: (m, b, l, e).   A: (m, e, n).   B, C: (m, b, l, n).   D: (m, e).
+        w: (m, b, l).   H0: (b, e, n) in float32, or float64 if any argument is float64.
+        The others are float32, bfloat16, float16 or float64, in any memory layout.
     Returns:
-        y (m, b, l, e) in the dtype of x, and H_last (b, e, n) in float32, or float64 if any
-        argument is. Differentiable in every tensor argument, but not twice. dB and dC are added up
-        in no fixed order unless torch.use_deterministic_algorithms(True).
-    Raises:
-        ValueError: a shape, dtype or device that does not fit, saying what was expected.
+        y (m, b, l, e) in the dtype of x, and H_last (b, e, n) in the dtype of H0.
+        Differentiable in every argument, once. The order in which dB and dC are added
+        up is fixed only under torch.use_deterministic_algorithms(True).
     """
-    if x.dim() != 4 or A.dim() != 3 or len(x) > 8 or 0 in (*x.shape, *A.shape):
-        raise ValueError(f"x has shape {tuple(x.shape)} and A {tuple(A.shape)}, expected "
-                         "(m, b, l, e) and (m, e, n), with 1 to 8 modalities, no axis of length 0")
-    (m, b, l, e), n = x.shape, A.shape[-1]
-    expected = {"x": (m, b, l, e), "delta": (m, b, l, e), "A": (m, e, n), "B": (m, b, l, n),
-                "C": (m, b, l, n), "D": (m, e), "w": (m,), "H0": (b, e, n)}
-    given = {k: v for k, v in zip(expected, (x, delta, A, B, C, D, w, H0)) if v is not None}
-    for name, v in given.items():
-        if v.shape != expected[name] and not (name == "w" and v.shape == (m, b, l)):
-            raise ValueError(f"{name} has shape {tuple(v.shape)}, expected {expected[name]}"
-                             + f" or {(m, b, l)}" * (name == "w"))
-        if v.device != x.device or not v.is_floating_point():
-            raise ValueError(f"{name} is {v.dtype} on {v.device}, expected floating point on "
-                             f"{x.device}")
-    if not x.is_cuda and not INTERPRETED:
-        raise ValueError(f"x is on {x.device}, expected a GPU: coupled_mamba.coupled_scan runs "
-                         "anywhere; TRITON_INTERPRET=1 in the environment, before Triton is "
-                         "imported, runs the kernel on a CPU, slowly")
-    wide = torch.float64 if any(v.dtype == torch.float64 for v in given.values()) else torch.float32
-    D = x.new_zeros(m, e) if D is None else D
-    w = x.new_full((m,), 1 / m, dtype=wide) if w is None else w
-    w = w[:, None, None].expand(m, b, l) if w.dim() == 1 else w
-    H0 = x.new_zeros(b, e, n, dtype=wide) if H0 is None else H0.to(wide)
-    train = torch.is_grad_enabled() and any(v.requires_grad for v in given.values())
-    y, H_last, _ = _scan(x, delta, A, B, C, D, w, H0, train)
-    return y, H_last
+    arguments = (x, delta, A, B, C, D, w, H0)
+    train = torch.is_grad_enabled() and any(v.requires_grad for v in arguments)
+    return _Scan.apply(*arguments, train)
 
 
-# ----------------------------------------------------------------------------- python kernel.py
-def problem(m, b, l, e, n, device, dtype=torch.float32):
-    """Random arguments by name, with decays mostly between 0.9 and 0.999."""
-    def randn(*shape):
-        return torch.randn(*shape, device=device)
-    p = {"x": randn(m, b, l, e), "delta": 10 ** (randn(m, b, l, e) / 2 - 1.5),
-         "A": -randn(m, e, n).div(2).exp(), "B": randn(m, b, l, n), "C": randn(m, b, l, n),
-         "D": randn(m, e), "w": randn(m, b, l).softmax(0), "H0": randn(b, e, n)}
-    return {k: v.to(dtype).requires_grad_() for k, v in p.items()}
+def unavailable(device, m):
+    """Why `scan` cannot run for m modalities on a torch.device; None if it can."""
+    if m > MODALITIES:
+        return f"it serves up to {MODALITIES} modalities and got {m}"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return (f"x is on {device} and TRITON_INTERPRET=1 was not set before Triton "
+                "was imported; move x to an NVIDIA GPU, or set it to be slow on a CPU")
+    if torch.version.hip:
+        return "it needs an NVIDIA GPU and this PyTorch is built for AMD's (ROCm)"
 
-
-def check(sizes=((3, 2, 70, 20, 16), (1, 1, 33, 5, 1), (2, 1, 1100, 3, 5))):
-    """Print, and return whether small enough, the errors against the float64 reference."""
-    import coupled_mamba
-    torch.manual_seed(0)
-    device, good = "cuda" if GPU else "cpu", True
-    print(f"error / largest value, against mode='recurrence' in float64, on {device}")
-    large = ((3, 2, 50, 256, 64), (3, 2, 1100, 256, 64)) * GPU           # what training runs
-    for size, of_w in [(size, True) for size in sizes + large] + [(size, False) for size in large]:
-        p, found = problem(*size, device), []
-        p["w"].requires_grad_(of_w)
-        wide = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in p.items()}
-        dy, dH = (torch.randn(v.shape, device=device) for v in (p["x"], p["H0"]))
-        for q, (y, H) in ((p, triton_coupled_scan(**p)),
-                          (wide, coupled_mamba.coupled_scan(**wide, mode="recurrence"))):
-            inputs = [v for v in q.values() if v.requires_grad]
-            cotangents = dy.to(y.dtype), dH.to(H.dtype)
-            found.append((y, H, *torch.autograd.grad((y, H), inputs, cotangents)))
-        errors = [((v - u).abs().max() / u.abs().max()).item() for v, u in zip(*found)]
-        names = ("y", "H_last", *("d" + k for k, v in p.items() if v.requires_grad))
-        print("m {}  b {}  l {}  e {}  n {}:  ".format(*size)
-              + "  ".join(f"{k} {error:.0e}" for k, error in zip(names, errors)))
-        good &= all(error < (2e-4 if GPU else 1e-5) for error in errors)     # False for NaN, too
-    return good
-
-
-def compiled(fn, arch, constants, options):
-    """Compile for a GPU that need not be there: registers, bytes spilled, shared bytes."""
-    constants = {k: v for k, v in {**constants, "segments": 1, "slices": 1}.items()
-                 if k in fn.arg_names}           # a launch makes constants of arguments that are 1
-    signature = {k: "constexpr" if k in constants else "i32" if k in ("b", "l", "e", "n", "length")
-                 else "*fp32" for k in fn.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(fn.arg_names)
-               if k not in constants and k != "l"}           # also noticed at launch
-    kernel = triton.compile(ASTSource(fn, signature, constants, aligned),
-                            GPUTarget("cuda", arch, 32), options)
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(kernel.asm["ptx"])
-        command = [Path(triton.__file__).parent / "backends/nvidia/bin/ptxas", "-v", ptx,
-                   f"--gpu-name=sm_{arch}" + "a" * (arch >= 90), "-o", folder + "/cubin"]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    return (int(re.search(r"Used (\d+) registers", said)[1]),
-            sum(map(int, re.findall(r"(\d+) bytes spill", said))), kernel.metadata.shared)
-
-
-def compile_table(sizes=((64, 3), (64, 8), (5, 3)), e=256):
-    """Print what the compiler makes of the kernels as launched at b = 128, l = 50 for each (n, m);
-    False if any of (64, 3) spills.
-    """
-    print("   n  m  kernel    target  registers  spilled bytes  shared bytes  (float32, e = 256)")
-    clean = True
-    for n, m in sizes:
-        for fn, name, fits, more in (
-                (_reduce, "reduce", FORWARD, {"REVERSE": False}),
-                (_forward, "forward", FORWARD, {"K": CHUNK, "KEEP": True}),
-                (_reduce, "reduce G", BACKWARD, {"REVERSE": True}),
-                (_backward, "backward", BACKWARD, {"K": CHUNK, "DW": False}),
-                (_backward, "with dw", BACKWARD, {"K": CHUNK, "DW": True})):
-            for arch in (80, 90):
-                given = _options(_plan((m, 128, 50, e), n, torch.float32, fits)[2],
-                                 more.get("DW", True))
-                options = {k: v for k, v in given.items() if k in ("num_warps", "maxnreg")}
-                constants = {k: v for k, v in given.items() if k not in options} | more
-                registers, spilled, shared = compiled(fn, arch, constants, options)
-                clean &= not spilled or (n, m) != (64, 3)
-                print(f"{n:4} {m:2}  {name:8}  sm_{arch} {registers:10} {spilled:14} {shared:13}")
-    return clean
-
-
-# ----------------------------------------------------------------------------- the benchmark
-SECTIONS = {                 # what is run, its cases, of which the last is ours, and its sizes
-    "modes": ("the scan, forward and backward; loop: S and V of all steps, then a loop over them",
-              ["loop", "recurrence", "scan", "compiled", "kernel"],
-              [dict(b=16, l=l) for l in (50, 100, 200, 400)]),
-    "long": ("the same, without the slow ones", ["scan", "compiled", "kernel"],
-             [dict(b=1, l=l) for l in (1000, 4000, 16000, 65536)]),
-    "attention": ("inference as in Figures 3 and 4: cross attention, its scores in memory or "
-                  "fused; Coupled Mamba", ["explicit", "fused", "coupled", "compiled"],
-                  [dict(b=16, l=l) for l in (100, 200, 300, 400, 500)]
-                  + [dict(b=1, l=l) for l in (2000, 8000)]),
-    "stream": ("model.step; memory: growth after the first 1,000 steps", ["lone", "coupled"],
-               [dict(b=1, l=1000), dict(b=1, l=100_000, layers=1)]),
-    "training": ("forward, L1 loss, backward, Adam on SIMS' shapes; scan: on a GPU the kernel",
-                 ["recurrence", "scan", "compiled"],
-                 [dict(b=128, l=50, widths=(768, 33, 709))])}
-
-
-class Case(NamedTuple):
-    """What one process measures; by default at the paper's size."""
-    section: str
-    name: str
-    b: int
-    l: int
-    widths: tuple = (128, 128, 128)
-    d_model: int = 128
-    d_state: int = 64
-    layers: int = 3
-
-
-def loop(x, delta, A, B, C, w, H0):
-    """The scan as one first writes it."""
-    import coupled_mamba
-    (S, V), H, ys = coupled_mamba.discretize(x, delta, A, B), H0, []
-    for S_t, V_t, C_t, w_t in zip(*(v.unbind(2) for v in (S, V, C, w))):
-        h = S_t * H + V_t
-        ys.append(torch.einsum("mben,mbn->mbe", h, C_t))
-        H = torch.einsum("kb,kben->ben", w_t, h)
-    return torch.stack(ys, 2), H
-
-
-def workload(case):
-    """A function that does once what is to be timed."""
-    from coupled_mamba import MODES, CoupledMamba
-    from train import CrossAttention
-    section, name, b, l, widths, d_model, d_state, layers = case
-    device, sizes = "cuda" if GPU else "cpu", dict(d_model=d_model, n_layers=layers, expand=2)
-    if section in ("modes", "long"):
-        p = problem(len(widths), b, l, 2 * d_model, d_state, device)
-        w, H0, _ = (p.pop(k).detach() for k in ("w", "H0", "D"))     # coupling "mean" has no dw
-        scan = {**MODES, "loop": loop, "kernel": triton_coupled_scan}.get(name, MODES["scan"])
-        dy = torch.randn_like(p["x"])
-        return lambda: torch.autograd.grad(scan(**p, w=w, H0=H0)[0], list(p.values()), dy)
-    if name in ("explicit", "fused"):
-        model = CrossAttention(widths, 1, dropout=0.0, explicit=name == "explicit", **sizes)
-    else:
-        model = CoupledMamba(widths, d_state=d_state, coupling="none" if name == "lone" else "mean",
-                             mode="recurrence" if name == "recurrence" else "auto", **sizes)
-    model, state = model.to(device), model.init_state(b)
-    shape, adam = (b,) if section == "stream" else (b, l), torch.optim.Adam(model.parameters())
-    xs = [torch.randn(*shape, width, device=device) for width in widths]
-
-    def train():
-        adam.zero_grad()
-        (model(xs) - 1).abs().mean().backward()
-        adam.step()
-
-    @torch.no_grad()
-    def predict():
-        nonlocal state
-        for _ in range(l if section == "stream" else 0):
-            _, state = model.step(xs, state)
-        return state if section == "stream" else model(xs)
-
-    return train if section == "training" else predict
-
-
-def memory(field):
-    """Bytes of tensors on a GPU, else of this process: now ("VmRSS") or at most ("VmHWM")."""
-    if GPU:
-        return torch.cuda.memory_allocated() if field == "VmRSS" else \
-            torch.cuda.max_memory_allocated()
-    return int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    found = torch.cuda.get_device_properties(device)
+    if found.major < 8:
+        capability = f"{found.major}.{found.minor}"
+        return f"the GPU has compute capability {capability} and it needs 8.0"
+    return _launcher_failure()
 
 
 @functools.cache
-def warm(case):
-    """The workload after a run to warm up, and the memory in use before it is timed."""
-    import coupled_mamba
-    if case.name == "compiled":
-        coupled_mamba.compile_scan()
-    workload(case._replace(l=min(case.l, 1000)) if case.section == "stream" else case)()
-    run = workload(case)
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
-    else:                                        # give back what is free, let VmHWM start anew
-        ctypes.CDLL(None).malloc_trim(0)
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-    return run, memory("VmRSS")
+def _launcher_failure():
+    """Why Triton cannot start kernels on this machine; None if it can.
 
-
-def measure(case):
-    """Seconds of a run, and bytes more than before. To be called in a process of its own."""
-    run, before = warm(case)
-    wait, runs, start = (torch.cuda if GPU else torch.cpu).synchronize, 0, time.perf_counter()
-    while not runs or time.perf_counter() - start < 0.1:
-        run()
-        wait()
-        runs += 1
-    seconds = (time.perf_counter() - start) / runs
-    return seconds, memory("VmRSS" if case.section == "stream" else "VmHWM") - before
-
-
-def in_turn(row):
-    """{case: (seconds of each turn, bytes)} without those that failed. What slows the machine down
-    for a while slows all of a row.
+    Triton compiles a small module in C before its first launch. This has it done now.
     """
-    found, spawn = {case: ([], 0) for case in row}, multiprocessing.get_context("spawn")
-    with contextlib.ExitStack() as stack:
-        pools = {case: stack.enter_context(ProcessPoolExecutor(
-            1, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))) for case in row}
-        for turn in range(7):
-            for case in list(found):
-                try:
-                    seconds, size = pools[case].submit(measure, case).result()
-                    found[case] = [*found[case][0], seconds], size
-                except KeyboardInterrupt:                                # the workers know nothing
-                    for worker in multiprocessing.active_children():
-                        worker.kill()
-                    raise
-                except (MemoryError, RuntimeError) as error:             # or it was killed
-                    print(f"{case.name}: {error}", file=sys.stderr)
-                    del found[case]
-            slowest = max((turns[-1] for turns, _ in found.values()), default=99)
-            if slowest > 20 or turn >= 2 and slowest > 1:
-                break
-    return found
+    try:
+        triton.runtime.driver.active.utils
+        return None
+    except subprocess.CalledProcessError as error:
+        reason = (f"{error.cmd[0]} failed; install the header files of Python, such as "
+                  "the package python3-dev, or name another C compiler in CC")
+    except AssertionError:
+        reason = "libcuda.so was not found; install NVIDIA's driver or run ldconfig"
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = f"{error}; check CC and the installation of Triton"
+        if "C compiler" in str(error):
+            reason = "no C compiler was found; install gcc or name one in CC"
+    return f"Triton cannot build its launcher: {reason}"
 
 
-def benchmark(sections=SECTIONS):
-    """Print a table per section; return its lines as dicts of Case, "seconds" and "MB"."""
-    cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
-    print(torch.cuda.get_device_name() if GPU else
-          f"{torch.get_num_threads()} threads of {cpu or platform.processor()}",
-          f"torch {torch.__version__}, float32, median of several runs taken in turn", sep=", ")
-    print("MB: beside the inputs. x time, x MB: over the last line of the same l. -: it failed")
-    lines = []
-    for section, (title, names, rows) in sections.items():
-        print(f"\n{section}: {title}\n    b      l layers  case         seconds   us/step       MB"
-              "   x time     x MB", flush=True)
-        for sizes in rows:
-            row = [Case(section, name, **sizes) for name in names
-                   if name != ("compiled" if GPU else "kernel")]
-            found = in_turn(row)
-            for case in row:
-                line, cells = case._asdict() | {"seconds": None, "MB": None}, "        -"
-                if case in found:
-                    (seconds, size), ours = found[case], found.get(row[-1], found[case])
-                    line |= {"seconds": statistics.median(seconds), "MB": size / 1e6}
-                    ratio = statistics.median(s / t for s, t in zip(seconds, ours[0]))
-                    cells = (f"{line['seconds']:9.5f} {line['seconds'] / case.l * 1e6:9.1f} "
-                             f"{line['MB']:8.1f} {ratio:8.2f} {size / max(ours[1], 1):8.2f}")
-                lines.append(line)
-                print(f"{case.b:5} {case.l:6} {case.layers:6}  {case.name:10} {cells}", flush=True)
-    return lines
+# -------------------------------------------------------------------- python kernel.py
+def problem(m, b, l, e, n, device):
+    """Random arguments by name, with decays mostly between 0.9 and 0.999."""
+    def randn(*shape):
+        return torch.randn(*shape, device=device)
+
+    p = {"x": randn(m, b, l, e), "delta": 10 ** (randn(m, b, l, e) / 2 - 1.5),
+         "A": -randn(m, e, n).div(2).exp(), "B": randn(m, b, l, n),
+         "C": randn(m, b, l, n), "D": randn(m, e), "w": randn(m, b, l).softmax(0),
+         "H0": randn(b, e, n)}
+    return {name: v.requires_grad_() for name, v in p.items()}
 
 
-def plot(lines, file):
-    """Memory and time against l, as in Figures 3 and 4, and time of the modes."""
-    from matplotlib.figure import Figure
-    figure = Figure((12, 3.5), layout="constrained")
-    panels = ("attention", "MB"), ("attention", "seconds"), ("modes", "seconds")
-    for axes, (section, value) in zip(figure.subplots(1, 3), panels):
-        some = [line for line in lines if line["section"] == section and line["b"] > 1]
-        for name in dict.fromkeys(line["name"] for line in some):
-            axes.plot(*zip(*((line["l"], line[value]) for line in some if line["name"] == name)),
-                      "o-", label=name)
-        axes.set(title=section, xlabel="l", ylabel=value)
-        axes.legend()
-    figure.savefig(file)
+def errors(p):
+    """The largest error of each result and gradient, relative to its largest value."""
+    from coupled_mamba import coupled_scan
+    exact = {name: v.detach().double().requires_grad_() for name, v in p.items()}
+    dy = torch.randn_like(p["x"])
+    dH = torch.randn_like(p["H0"])
+
+    found = []
+    for arguments, mode in ((p, "kernel"), (exact, "recurrence")):
+        y, H = coupled_scan(**arguments, mode=mode)
+        cotangents = dy.to(y.dtype), dH.to(H.dtype)
+        inputs = list(arguments.values())
+        found.append((y, H, *torch.autograd.grad((y, H), inputs, cotangents)))
+
+    names = "y", "H_last", *("d" + name for name in p)
+    return {name: ((v - u).abs().max() / u.abs().max()).item()
+            for name, v, u in zip(names, *found)}
+
+
+def check(sizes, device, tolerance):
+    """Print the errors for each size; return whether all are within the tolerance."""
+    print(f"error / largest value, against mode='recurrence' in float64, on {device}")
+    torch.manual_seed(0)
+    good = True
+    for size in sizes:
+        found = errors(problem(*size, device))
+        print("m {}  b {}  l {}  e {}  n {}:  ".format(*size),
+              "  ".join(f"{name} {error:.0e}" for name, error in found.items()))
+        good = good and all(error < tolerance for error in found.values())
+    return good
+
+
+def time_modes(sizes):
+    """Print how long the modes take on a GPU."""
+    from coupled_mamba import coupled_scan
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, float32")
+    print("m    b     l    e    n  mode        forward, ms  and backward, ms")
+    for size in sizes:
+        p = problem(*size, "cuda")
+        dy = torch.randn_like(p["x"])
+        for mode in ("recurrence", "scan", "kernel"):
+            def forward():
+                with torch.no_grad():
+                    coupled_scan(**p, mode=mode)
+
+            def forward_and_backward():
+                y, _ = coupled_scan(**p, mode=mode)
+                torch.autograd.grad(y, list(p.values()), dy)
+
+            first = triton.testing.do_bench(forward)
+            both = triton.testing.do_bench(forward_and_backward)
+            print("{} {:4} {:5} {:4} {:4}".format(*size),
+                  f" {mode:10} {first:12.3f} {both:17.3f}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Check the kernels against the float64 reference (without a GPU: in Triton's "
-                    "interpreter), print what the compiler makes of them (no GPU needed), and on a "
-                    "GPU time them. Exit code 1 if an error is too large or a register is spilled.")
-    for name, text in (("check", "the errors: about a minute without a GPU"),
-                       ("compile", "the compile table"),
-                       ("benchmark", "time and memory of the modes, of the model beside cross "
-                        "attention, of a stream, of training, on a GPU or a CPU")):
-        parser.add_argument("--" + name, action="store_true", help=f"only {text}")
-    parser.add_argument("--plot", metavar="FILE.svg", type=Path,
-                        help="--benchmark, then draw it; needs matplotlib")
-    args, good = parser.parse_args(), True
-    everything = not any(vars(args).values())
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    if args.plot and not args.plot.parent.is_dir():
-        parser.error(f"--plot {args.plot}: there is no folder {args.plot.parent}")
-    if args.compile and INTERPRETED:
-        parser.error("--compile does not go with TRITON_INTERPRET=1: unset it")
-    if everything or args.check:
-        if GPU or INTERPRETED:
-            good = check()
-        else:
-            again = [sys.executable, __file__, "--check"]
-            good = not subprocess.run(again, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
-    if (everything and not INTERPRETED) or args.compile:
-        good &= compile_table()
-    if (everything and GPU) or args.benchmark or args.plot:
-        lines = benchmark()
-        if args.plot:
-            plot(lines, args.plot)
+    argparse.ArgumentParser(description=(
+        "Check the kernels against the definition in float64, in Triton's interpreter "
+        "if there is no GPU. If there is one, time the modes. Exit code 1 if an error "
+        "is too large.")).parse_args()
+    small = (3, 2, 37, 20, 16), (1, 1, 33, 5, 1), (2, 1, 257, 3, 5)
+    large = (3, 128, 50, 256, 64), (3, 16, 500, 256, 64), (3, 1, 4000, 256, 64)
+
+    if torch.cuda.is_available():
+        reason = unavailable(torch.device("cuda"), 3)
+        if reason:
+            print(f"The kernel cannot run: {reason}.", file=sys.stderr)
+            return 1
+        good = check(small + large, "cuda", 2e-4)
+        time_modes(large)
+    elif INTERPRETED:
+        good = check(small, "cpu", 1e-5)
+    else:
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        return subprocess.run([sys.executable, __file__], env=environment).returncode
     return 0 if good else 1
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())

@@ -1,21 +1,36 @@
-"""Train and evaluate Coupled Mamba, and what the paper compares it with:
+"""Train and evaluate Coupled Mamba and the fusions that the paper compares it with.
 
-    python train.py --dataset sims
-    torchrun --nproc_per_node=2 train.py --dataset sims --out runs/two     # on two GPUs or CPUs
+  python train.py --dataset sims                   train on a stand-in, no data needed
+  python train.py --dataset sims --fusion mamba    the same network without the coupling
+  python train.py --dataset mosi --data FILE       the paper's settings, 5 seeds
+  python train.py --dataset sims --benchmark       time and memory over lengths
+  torchrun --nproc_per_node=2 train.py --dataset sims --out runs/two   2 GPUs or CPUs
 
-Without a data file the run goes on with a synthetic stand-in and says so on every line. Results go
-to --out: `results.json`, and for each seed the best weights (`seed0.pt`), the test predictions
-(`seed0.npz`) and a line per epoch (`seed0.jsonl`).
+Without data, the program trains on a synthetic stand-in of the same shapes, and says so
+on every line. Results go to the folder --out: results.json, and for each seed the best
+weights (seed0.pt), the predictions for test (seed0.npz) and a line per epoch
+(seed0.jsonl).
 """
+# Reading order: settings, metrics, files, the other fusions, one epoch, one seed (set
+# up, train, evaluate), all seeds, the benchmark, the command line.
 import argparse
+import ctypes
 import json
+import math
+import multiprocessing
 import os
 import platform
 import re
+import signal
+import statistics
 import sys
 import time
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,247 +39,368 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from coupled_mamba import MODES, CoupledMamba, StackedLinear, compile_scan
+from coupled_mamba import MODES, CoupledMamba, StackedLinear, zero_absent
 
-# What the paper (or the authors' script) uses. d_model, layers ... are the model's own defaults.
-PAPER = dict(d_model=128, layers=3, d_state=64, dt_rank=None, expand=2, d_conv=4, dropout=0.0,
-             epochs=150, lr=5e-4, weight_decay=5e-4, seeds=5)
-BATCH = {"mosei": 1024, "sims": 128, "simsv2": 256,
-         "mosi": 128, "brca": 64, "rosmap": 32, "mmimdb": 512}               # these are ours
-# On the stand-in, what is not given shrinks to this: about a minute on 2 CPU cores.
-SMALL = dict(d_model=32, layers=2, d_state=16, epochs=15, lr=3e-3, seeds=1, batch_size=32)
-SMALL_CLIPS = (1368, 456, 457)
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # by torchrun
+# The settings of a run are the union of these presets, of which a later one wins: ours,
+# the paper's, the batch size of the dataset, STAND_IN on synthetic data, the user's.
+OURS = dict(
+    task=None, length=None, tokens=None, missing_rate=0.0, drop=[], fusion="coupled",
+    coupling="mean", no_mix=False, pooling="max", optimizer="adamw", stream_dropout=0.0,
+    patience=0, seed=0, device="auto", mode="auto", amp=False, compile=False)
+PAPER = dict(
+    d_model=128, layers=3, d_state=64, dt_rank=None, expand=2, d_conv=4, dropout=0.0,
+    epochs=150, lr=5e-4, weight_decay=5e-4, seeds=5)
+BATCH_SIZE = dict(  # the paper names the first three
+    mosei=1024, sims=128, simsv2=256, mosi=128, brca=64, rosmap=32, mmimdb=512)
+STAND_IN = dict(
+    d_model=32, layers=1, d_state=16, pooling="mean", epochs=10, lr=5e-3, seeds=1,
+    batch_size=32)
+STAND_IN_SAMPLES = (1368, 456, 457)  # train, valid and test have at most so many
+BENCHMARK = dict(batch_size=16)
+LENGTHS = (100, 200, 300, 400, 500)  # those of Figures 3 and 4
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+NAN = float("nan")
 
 
-# ----------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------ metrics
 def f1_scores(true, pred):
-    """F1 of each column of two (N, classes) bool arrays; 0 for a class that nobody ever names."""
-    hits, named = (true & pred).sum(0), true.sum(0) + pred.sum(0)
+    """F1 of each column of two (N, classes) bool arrays; 0 if it never occurs."""
+    hits = (true & pred).sum(0)
+    named = true.sum(0) + pred.sum(0)
     return 2 * hits / np.maximum(named, 1)
 
 
 def accuracy_f1(true, pred):
-    """Accuracy, and F1 averaged over classes with their true counts as weights, and plainly."""
+    """Accuracy, F1 weighted by how often a class is true, and the plain mean of F1."""
     classes = np.union1d(true, pred)
-    true_is, pred_is = true[:, None] == classes, pred[:, None] == classes
+    true_is = true[:, None] == classes
+    pred_is = pred[:, None] == classes
     f1 = f1_scores(true_is, pred_is)
-    return float(np.mean(true == pred)), float(f1 @ true_is.mean(0)), float(f1.mean())
+    accuracy = np.mean(true == pred)
+    return float(accuracy), float(f1 @ true_is.mean(0)), float(f1.mean())
+
+
+def two_classes(true, pred):
+    """Accuracy and weighted F1; NaN where there is no sample to be judged."""
+    if len(true) == 0:
+        return NAN, NAN
+    accuracy, f1, _ = accuracy_f1(true, pred)
+    return accuracy, f1
 
 
 def regression_metrics(pred, true, scale):
-    """The metrics of MMSA for labels in [-scale, scale]: 3 for mosi, mosei; 1 for sims, simsv2."""
-    pred, true = (v.astype(np.float32).astype(np.float64) for v in (pred, true))
+    """The metrics of MMSA for labels in [-scale, scale].
+
+    scale is 3 for mosi and mosei, and 1 for sims and simsv2.
+    """
+    pred = pred.astype(np.float32).astype(np.float64)
+    true = true.astype(np.float32).astype(np.float64)
     metrics = {}
     if scale == 3:
         some = true != 0
-        metrics["Acc-2"], metrics["F1"] = accuracy_f1(true[some] > 0, pred[some] > 0)[:2] \
-            if some.any() else (float("nan"),) * 2
-        metrics["Acc-2 with 0"], metrics["F1 with 0"], _ = accuracy_f1(true >= 0, pred >= 0)
+        metrics["Acc-2"], metrics["F1"] = two_classes(true[some] > 0, pred[some] > 0)
+        with_zero = two_classes(true >= 0, pred >= 0)
+        metrics["Acc-2 with 0"], metrics["F1 with 0"] = with_zero
         for classes, limit in ((3, 1), (5, 2), (7, 3)):
-            same = np.round(true.clip(-limit, limit)) == np.round(pred.clip(-limit, limit))
-            metrics[f"Acc-{classes}"] = float(np.mean(same))
+            true_class = np.round(true.clip(-limit, limit))
+            pred_class = np.round(pred.clip(-limit, limit))
+            metrics[f"Acc-{classes}"] = float(np.mean(true_class == pred_class))
     else:
-        pred, true = pred.clip(-1, 1), true.clip(-1, 1)
-        metrics["Acc-2"], metrics["F1"], _ = accuracy_f1(true > 0, pred > 0)
+        true = true.clip(-1, 1)
+        pred = pred.clip(-1, 1)
+        metrics["Acc-2"], metrics["F1"] = two_classes(true > 0, pred > 0)
         for classes, cuts in ((3, (-0.1, 0.1)), (5, (-0.7, -0.1, 0.1, 0.7))):
-            # a value on a cut belongs to the class below it; both as float32 has them
+            # A value on a cut belongs to the class below it, with the cut in float32.
             cuts = np.float32(cuts).astype(np.float64)
             same = np.searchsorted(cuts, true) == np.searchsorted(cuts, pred)
             metrics[f"Acc-{classes}"] = float(np.mean(same))
+
     metrics["MAE"] = float(np.mean(np.abs(pred - true)))
-    constant = np.ptp(pred) == 0 or np.ptp(true) == 0
-    metrics["Corr"] = float("nan") if constant else float(np.corrcoef(pred, true)[0, 1])
+    metrics["Corr"] = NAN
+    if np.ptp(pred) > 0 and np.ptp(true) > 0:
+        metrics["Corr"] = float(np.corrcoef(pred, true)[0, 1])
     return metrics
 
 
 def class_metrics(logits, true):
     """One of several classes: accuracy, weighted F1, macro F1."""
-    return dict(zip(("Acc", "weighted F1", "macro F1"), accuracy_f1(true, logits.argmax(1))))
+    accuracy, weighted, macro = accuracy_f1(true, logits.argmax(1))
+    return {"Acc": accuracy, "weighted F1": weighted, "macro F1": macro}
 
 
 def sentiment_metrics(logits, true):
-    """Negative, neutral, positive. Acc-2 and F1: negative or positive, of the clips not neutral.
+    """Classes negative, neutral, positive. Acc-2 and F1 leave out the neutral samples.
 
-    NOTE: MMSA's scripts, whose numbers the paper prints, hold predictions 0 and 1 against labels 0
-    and 2 there, so that no positive clip can count as right: "Acc-2 MMSA" and "F1 MMSA".
+    NOTE: the scripts of MMSA, whose numbers the paper prints, compare predictions 0 and
+    1 with labels 0 and 2 there, so that no positive sample can count as right. These
+    numbers are "Acc-2 MMSA" and "F1 MMSA".
     """
-    some, nan = true != 1, (float("nan"),) * 2
+    some = true != 1
     positive = (logits[:, 2] > logits[:, 0]).astype(int)[some]
-    pairs = [("", true[some] // 2), (" MMSA", true[some])]
     metrics = {}
-    for name, labels in pairs:
-        both = accuracy_f1(labels, positive)[:2] if some.any() else nan
-        metrics["Acc-2" + name], metrics["F1" + name] = both
-    return metrics | dict(zip(("Acc-3", "F1-3"), accuracy_f1(true, logits.argmax(1))))
+    metrics["Acc-2"], metrics["F1"] = two_classes(true[some] // 2, positive)
+    as_mmsa = two_classes(true[some], positive)
+    metrics["Acc-2 MMSA"], metrics["F1 MMSA"] = as_mmsa
+    metrics["Acc-3"], metrics["F1-3"], _ = accuracy_f1(true, logits.argmax(1))
+    return metrics
 
 
 def label_metrics(logits, true):
-    """Several labels at once, each there if its logit is > 0: micro and macro F1."""
-    true, pred = true > 0.5, logits > 0
-    return {"micro F1": float(f1_scores(true.reshape(-1, 1), pred.reshape(-1, 1))[0]),
-            "macro F1": float(f1_scores(true, pred).mean())}
+    """Several labels at once, predicted where the logit is > 0: micro and macro F1."""
+    true = true > 0.5
+    pred = logits > 0
+    micro = f1_scores(true.reshape(-1, 1), pred.reshape(-1, 1))[0]
+    return {"micro F1": float(micro), "macro F1": float(f1_scores(true, pred).mean())}
 
 
-def sample_losses(out, y, weights=None):
-    """Loss of each sample (N,), and by the form of y what the task is, see `data.Split`."""
+def sample_losses(out, y):
+    """The loss of each sample (N,). The form of y tells the task, see `data.Split`."""
     if y.dim() == 2:
-        return F.binary_cross_entropy_with_logits(out, y, reduction="none", pos_weight=weights
-                                                  ).mean(1)
+        losses = F.binary_cross_entropy_with_logits(out, y, reduction="none")
+        return losses.mean(1)
     if y.dtype == torch.int64:
-        return F.cross_entropy(out, y, weight=weights, reduction="none")
+        return F.cross_entropy(out, y, reduction="none")
     return (out[:, 0] - y).abs()
 
 
 def measure(out, y, spec):
-    """All metrics of a split, from the outputs (N, d_output); the loss, too, where it selects."""
-    if spec.scale and y.dtype == np.float32:
+    """All metrics of a split from the outputs (N, d_output)."""
+    if y.ndim == 1 and y.dtype == np.float32:
         return regression_metrics(out[:, 0], y, spec.scale)
-    metrics = label_metrics if y.ndim == 2 else \
-        sentiment_metrics if spec.scale else class_metrics
-    loss = sample_losses(torch.from_numpy(out), torch.from_numpy(y)).mean().item()
-    return {**metrics(out, y), "loss": loss}
+    if y.ndim == 2:
+        metrics = label_metrics(out, y)
+    elif spec.scale:
+        metrics = sentiment_metrics(out, y)
+    else:
+        metrics = class_metrics(out, y)
+    losses = sample_losses(torch.from_numpy(out), torch.from_numpy(y))
+    return {**metrics, "loss": losses.mean().item()}
 
 
-# ----------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------- files
 def write_whole(path, write):
-    """`write(file)` beside `path`, then rename: a reader sees the old file or the new, whole."""
-    beside = path.with_name(path.name + ".part")
+    """Call `write(file)` on a new file, then rename it to `path`.
+
+    A reader sees the whole old file or the whole new file, and never a part.
+    """
+    part = path.with_name(path.name + ".part")
     try:
-        with open(beside, "wb") as file:
+        with open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(part, path)
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
-def write_json(path, rows, lines=False):
-    def finite(v):
-        if isinstance(v, (dict, list)):
-            return {k: finite(u) for k, u in v.items()} if isinstance(v, dict) else \
-                [finite(u) for u in v]
-        return None if isinstance(v, float) and not np.isfinite(v) else v    # NaN is not JSON
-    text = "".join(json.dumps(finite(row)) + "\n" for row in rows) if lines else \
-        json.dumps(finite(rows), indent=2) + "\n"
+def write_text(path, text):
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-# ----------------------------------------------------------------------------- other fusions
+def to_json(value, indent=None):
+    """JSON has no NaN and no infinity: they become null."""
+    def finite(v):
+        if isinstance(v, dict):
+            return {k: finite(u) for k, u in v.items()}
+        if isinstance(v, list):
+            return [finite(u) for u in v]
+        if isinstance(v, float) and not math.isfinite(v):
+            return None
+        return v
+    return json.dumps(finite(value), indent=indent) + "\n"
+
+
+# ------------------------------------------------------------------- the other fusions
 class OneMamba(nn.Module):
-    """Table 11: one Mamba on the average of the encoded streams, or on all of them side by side."""
-    param_groups = CoupledMamba.param_groups
+    """Table 11, "average" and "concat": one Mamba for all encoded streams together.
+
+    It reads their average over the modalities that are present, (b, l, d), or with
+    `concat` all of them side by side, (b, l, m d).
+    """
 
     def __init__(self, d_inputs, d_output, *, concat, d_model, **options):
         super().__init__()
+        self.concat = concat
         self.encoders = nn.ModuleList(nn.Linear(width, d_model) for width in d_inputs)
-        self.concat, width = concat, d_model * (len(d_inputs) if concat else 1)
+        width = d_model
+        if concat:
+            width = d_model * len(d_inputs)
         self.mamba = CoupledMamba((width,), d_output, d_model=width, **options)
 
     def forward(self, xs, mask=None):
-        real = [None] * len(xs) if mask is None else mask[..., None]
-        f = torch.stack([encoder(x if here is None else torch.where(here, x, 0))
-                         for encoder, x, here in zip(self.encoders, xs, real)])      # (m, b, l, d)
-        f = f if mask is None else torch.where(real, f, 0)
+        """m tensors (b, l, d_inputs[i]), mask (m, b, l) or None -> (b, d_output)."""
+        masks = mask
+        if mask is None:
+            masks = [None] * len(xs)
+        f = torch.stack([
+            encoder(zero_absent(x, here))
+            for encoder, x, here in zip(self.encoders, xs, masks)])  # (m, b, l, d)
+        f = zero_absent(f, mask)
+
         if self.concat:
-            f = f.movedim(0, 2).flatten(2)                                           # (b, l, m d)
+            f = f.movedim(0, 2).flatten(2)  # (b, l, m d)
+        elif mask is None:
+            f = f.mean(0)  # (b, l, d)
         else:
-            f = f.mean(0) if mask is None else f.sum(0) / mask.sum(0).clamp(min=1)[..., None]
-        return self.mamba([f], None if mask is None else mask.any(0)[None])
+            present = mask.sum(0).clamp(min=1)  # (b, l)
+            f = f.sum(0) / present[..., None]
+        if mask is not None:
+            mask = mask.any(0)[None]
+        return self.mamba([f], mask)
 
 
 class CrossAttention(CoupledMamba):
-    """Table 8: each modality attends to all steps of the others, in place of scan and Cat."""
+    """Table 8: each modality attends to all steps of the others. No scan and no Cat."""
 
-    def __init__(self, d_inputs, d_output, *, explicit=False, **options):
-        super().__init__(d_inputs, d_output, **{**options, "mix": False})
-        d, expand, dropout = options["d_model"], options["expand"], options["dropout"]
-        self.blocks = nn.ModuleList(AttentionBlock(len(d_inputs), d, expand * d, dropout, explicit)
-                                    for _ in self.blocks)
+    def __init__(self, d_inputs, d_output, *, mix=False, **options):
+        super().__init__(d_inputs, d_output, mix=False, **options)
+        self.blocks = nn.ModuleList(
+            AttentionBlock(len(d_inputs), options["d_model"], options["expand"],
+                           options["dropout"])
+            for _ in self.blocks)
 
 
 class AttentionBlock(nn.Module):
-    """Called like `coupled_mamba.Block`. explicit: softmax(Q K^T) V in memory, for comparison."""
+    """Called like `coupled_mamba.Block`, with the same inner width e.
 
-    def __init__(self, m, d, e, dropout, explicit):
+    explicit: softmax(Q K^T) V with all scores in memory, for the benchmark.
+    """
+
+    def __init__(self, m, d, expand, dropout):
         super().__init__()
-        self.heads, self.explicit = 4 if e % 4 == 0 else 1, explicit
+        e = expand * d
+        self.explicit = False
+        self.heads = 4 if e % 4 == 0 else 1
         self.norm_weight = nn.Parameter(torch.ones(m, d))
         self.norm_bias = nn.Parameter(torch.zeros(m, d))
-        self.q, self.k, self.v = (StackedLinear(m, d, e) for _ in range(3))
-        self.out, self.dropout = StackedLinear(m, e, d), nn.Dropout(dropout)
+        self.q = StackedLinear(m, d, e)
+        self.k = StackedLinear(m, d, e)
+        self.v = StackedLinear(m, d, e)
+        self.out = StackedLinear(m, e, d)
+        self.dropout = nn.Dropout(dropout)
 
     def init_state(self, b):
+        """Attention has no state: it needs the whole sequence at once."""
         return None
 
-    def forward(self, f, mask=None, state=None, mode=None):
+    def forward(self, f, mask=None, state=None):
+        """f (m, b, l, d), mask (m, b, l) or None -> features (m, b, l, d), None."""
         m, b, l, d = f.shape
-        angle = torch.arange(l, device=f.device)[:, None] / 10000 ** (
-            torch.arange(0, d, 2, device=f.device) / d)                              # (l, d / 2)
-        position = torch.cat([angle.sin(), angle.cos()], -1)[:, :d].to(f.dtype)
-        x = F.layer_norm(f, (d,)) * self.norm_weight[:, None, None] + self.norm_bias[:, None, None]
-        q, k, v = (p(x + position).unflatten(-1, (self.heads, -1)).transpose(2, 3)
-                   for p in (self.q, self.k, self.v))                            # (m, b, h, l, c)
+        x = F.layer_norm(f, (d,)) * self.norm_weight[:, None, None]
+        x = x + self.norm_bias[:, None, None] + positions(l, d, f)
+        q = self.split_heads(self.q(x))  # (m, b, heads, l, c), c = e / heads
+        k = self.split_heads(self.k(x))
+        v = self.split_heads(zero_absent(self.v(x), mask))
+
         ys = []
         for i in range(m):
             others = [j for j in range(m) if j != i] or [i]
-            keys, values = (torch.cat([p[j] for j in others], 2) for p in (k, v))
+            keys = torch.cat([k[j] for j in others], 2)  # (b, heads, (m-1) l, c)
+            values = torch.cat([v[j] for j in others], 2)
             there = None
-            if mask is not None:                             # (b, 1, 1, (m-1) l); nobody there: 0
+            if mask is not None:
                 there = torch.cat([mask[j] for j in others], 1)[:, None, None]
-                values = torch.where(there[:, 0, 0, :, None][:, None], values, 0)
+                # Where nothing is there, the weights are equal and the values are zero.
                 there = there | ~there.any(-1, keepdim=True)
             ys.append(self.attend(q[i], keys, values, there))
-        y = torch.stack(ys).transpose(2, 3).flatten(3)                               # (m, b, l, e)
-        f = f + self.dropout(self.out(y))
-        return (f if mask is None else torch.where(mask[..., None], f, 0)), None
+        y = torch.stack(ys).transpose(2, 3).flatten(3)  # (m, b, l, e)
+        return zero_absent(f + self.dropout(self.out(y)), mask), None
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(2, 3)
 
     def attend(self, q, k, v, there):
         if not self.explicit:
             return F.scaled_dot_product_attention(q, k, v, there)
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-        return (scores if there is None else scores.masked_fill(~there, -torch.inf)).softmax(-1) @ v
+        if there is not None:
+            scores = scores.masked_fill(~there, -torch.inf)
+        return scores.softmax(-1) @ v
+
+
+def positions(l, d, like):
+    """Sines and cosines that tell the steps apart, (l, d)."""
+    steps = torch.arange(l, device=like.device)[:, None]
+    rates = 10000 ** (torch.arange(0, d, 2, device=like.device) / d)
+    angles = steps / rates  # (l, d / 2)
+    return torch.cat([angles.sin(), angles.cos()], -1)[:, :d].to(like.dtype)
 
 
 def make_model(config, d_inputs, d_output):
-    options = dict(d_model=config["d_model"], n_layers=config["layers"], d_state=config["d_state"],
-                   expand=config["expand"], d_conv=config["d_conv"], dt_rank=config["dt_rank"],
-                   coupling=config["coupling"], mix=not config["no_mix"], mode=config["mode"],
-                   pooling=config["pooling"], dropout=config["dropout"])
+    options = {name: config[name] for name in (
+        "d_model", "d_state", "expand", "d_conv", "dt_rank", "coupling", "pooling",
+        "dropout", "mode")}
+    options["n_layers"] = config["layers"]
+    options["mix"] = not config["no_mix"]
     fusion = config["fusion"]
     if fusion in ("average", "concat"):
         return OneMamba(d_inputs, d_output, concat=fusion == "concat", **options)
     if fusion == "attention":
         return CrossAttention(d_inputs, d_output, **options)
-    if fusion == "mamba":
+    if fusion == "mamba":  # one Mamba per modality, results weighted at the end
         options["coupling"] = "none"
+        options["mix"] = False
     return CoupledMamba(d_inputs, d_output, **options)
 
 
-# ----------------------------------------------------------------------------- training
-class Batches(torch.utils.data.Dataset):
-    """xs, mask (None where every step is real) and y of the clips `rows`; `drop`: modalities."""
-
-    def __init__(self, split, drop=()):
-        self.split, self.mask = split, split.mask.copy()
-        self.mask[list(drop)] = False
-        self.complete = self.mask.all()
-
-    def __getitem__(self, rows):
-        mask = None if self.complete else torch.from_numpy(self.mask[:, rows])
-        return [torch.from_numpy(x[rows]) for x in self.split.xs], mask, \
-            torch.from_numpy(self.split.y[rows])
+def parameter_groups(model, weight_decay):
+    """Weights of maps decay. A_log, D, biases, norms and logits do not."""
+    decayed = []
+    kept = []
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight") and "norm" not in name:
+            decayed.append(parameter)
+        else:
+            kept.append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay},
+            {"params": kept, "weight_decay": 0.0}]
 
 
-def loader(batches, order, config, device):
-    """Batch by batch on the device; `order` is a list of row numbers for each."""
-    pin = device.type == "cuda"
-    for xs, mask, y in torch.utils.data.DataLoader(
-            batches, None, sampler=order, num_workers=config["workers"], pin_memory=pin,
-            generator=torch.Generator()):
-        move = [v if v is None else v.to(device, non_blocking=pin) for v in (*xs, mask, y)]
-        yield move[:-2], move[-2], move[-1]
+def make_optimizer(model, config):
+    groups = parameter_groups(model, config["weight_decay"])
+    return OPTIMIZERS[config["optimizer"]](groups, config["lr"])
+
+
+# ---------------------------------------------------------------------------- one epoch
+class Run(NamedTuple):
+    """What all seeds of a run share."""
+    config: dict
+    dataset: data.Dataset
+    out: Path
+    device: torch.device
+    rank: int  # the number of this process among `world` processes
+    world: int
+
+    def say(self, line, end="\n"):
+        """Print in the first process only. On synthetic data every line says so."""
+        if self.dataset.synthetic:
+            line = "synthetic | " + line
+        if self.rank == 0:
+            print(line, end=end, flush=True)
+
+
+def batch(split, mask, rows, device):
+    """xs, mask and y of the samples `rows`. A mask of None stays None."""
+    xs = [torch.from_numpy(x[rows]).to(device) for x in split.xs]
+    y = torch.from_numpy(split.y[rows]).to(device)
+    if mask is not None:
+        mask = torch.from_numpy(mask[:, rows]).to(device)
+    return xs, mask, y
+
+
+def drop_streams(mask, rate, rng):
+    """The mask (m, N, l) after each sample has lost each stream with this probability.
+
+    A sample that would lose all the streams it has keeps one of them, drawn at random.
+    """
+    has = mask.any(2)  # (m, N)
+    lost = rng.random(has.shape) < rate
+    draw = np.where(has, rng.random(has.shape), -1)
+    loses_all = np.flatnonzero(~(has & ~lost).any(0))
+    lost[draw.argmax(0)[loses_all], loses_all] = False
+    return mask & ~lost[..., None]
 
 
 def autocast(config, device):
@@ -273,453 +409,792 @@ def autocast(config, device):
 
 @torch.no_grad()
 def predict(model, split, config, device, drop=()):
-    """(N, d_output)"""
+    """The outputs (N, d_output) for a split, without the modalities of index `drop`."""
     model.eval()
-    order = np.array_split(np.arange(len(split.y)), -(-len(split.y) // config["batch_size"]))
-    with autocast(config, device):
-        return np.concatenate([model(xs, mask).float().cpu().numpy() for xs, mask, _ in
-                               loader(Batches(split, drop), order, config, device)])
-
-
-def train_epoch(model, optimizer, split, order, config, device, progress):
-    """Mean loss. With several processes each takes its share of every WORLD * batch_size clips."""
-    model.train()
-    classes = data.SPECS[config["dataset"]].classes
-    weights = class_weights(split.y, classes).to(device) if config["class_weights"] else None
-    together = [order[i:i + config["batch_size"] * WORLD]
-                for i in range(0, len(order), config["batch_size"] * WORLD)]
-    shares = [rows[RANK::WORLD] if len(rows) > RANK else rows[:1] for rows in together]
-    total, done = torch.zeros((), device=device), 0
-    for rows, (xs, mask, y) in zip(together, loader(Batches(split), shares, config, device)):
+    mask = split.mask.copy()
+    mask[list(drop)] = False
+    if mask.all():
+        mask = None
+    outs = []
+    for first in range(0, len(split.y), config["batch_size"]):
+        rows = slice(first, first + config["batch_size"])
+        xs, here, _ = batch(split, mask, rows, device)
         with autocast(config, device):
-            out = model(xs, mask)
-        losses = sample_losses(out.float(), y, weights).sum() * (len(rows) > RANK)
+            outs.append(model(xs, here).float().cpu().numpy())
+    return np.concatenate(outs)
+
+
+def draw_epoch(run, seed, epoch):
+    """The order of the training samples in this epoch, and their mask.
+
+    These and dropout depend on seed and epoch only: --resume repeats them exactly.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    torch.manual_seed((seed * 10 ** 5 + epoch) * run.world + run.rank)  # for dropout
+    split = run.dataset.splits["train"]
+    order = rng.permutation(len(split.y))
+    mask = split.mask
+    if run.config["stream_dropout"] > 0:
+        mask = drop_streams(mask, run.config["stream_dropout"], rng)
+    if mask.all():
+        mask = None  # a little faster
+    return order, mask
+
+
+def train_epoch(run, model, optimizer, seed, epoch):
+    """One pass over the training samples. Returns the mean loss.
+
+    A step takes world * batch_size samples, an equal part for each process.
+    """
+    model.train()
+    config = run.config
+    split = run.dataset.splits["train"]
+    order, mask = draw_epoch(run, seed, epoch)
+    total = torch.zeros((), device=run.device)
+    size = config["batch_size"] * run.world
+    for first in range(0, len(order), size):
+        rows = order[first:first + size]
+        own = rows[run.rank::run.world]
+        idle = len(own) == 0
+        if idle:
+            own = rows[:1]  # all processes must take part in every step
+        xs, here, y = batch(split, mask, own, run.device)
+        with autocast(config, run.device):
+            out = model(xs, here)
+        loss = sample_losses(out.float(), y).sum()
+        if idle:
+            loss = 0 * loss
         optimizer.zero_grad()
-        (losses * WORLD / len(rows)).backward()              # DDP takes the mean over processes
+        (loss * run.world / len(rows)).backward()  # processes average their gradients
         optimizer.step()
-        total, done = total + losses.detach(), done + len(rows)
-        progress(done, total, len(order))
-    if WORLD > 1:
+        total += loss.detach()
+        if sys.stdout.isatty():
+            done = first + len(rows)
+            shown = total.item() * run.world / done
+            run.say(f"{done}/{len(order)} samples, loss {shown:.4f} ", end="\r")
+    if run.world > 1:
         dist.all_reduce(total)
     return total.item() / len(order)
 
 
-def class_weights(y, classes):
-    """Rarer classes weigh more: N / (classes * count). Of several labels each: absent / present."""
-    if y.ndim == 2:
-        return torch.from_numpy((1 - y).sum(0) / y.sum(0).clip(min=1))
-    counts = np.bincount(y, minlength=classes)
-    weights = len(y) / ((counts > 0).sum() * counts.clip(min=1))
-    return torch.from_numpy(weights.astype(np.float32))
+# ----------------------------------------------------------------------------- one seed
+@dataclass
+class Training:
+    """What changes while one seed is trained."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    log: list  # a dict per finished epoch
+    best: dict | None  # weights, epoch and metric of the epoch that is best on valid
+    started: float  # when it started, had it never been interrupted
 
 
-def decide(function):
-    """What `function` returns in the first process, in every process: all must go the same way."""
-    if WORLD == 1:
-        return function()
-    box = [function() if RANK == 0 else None]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def run_seed(seed, config, dataset, device, out, say, resume=False):
-    """Train once; keep the weights best on valid; look at test once, with those.
-
-    Best: the least MAE, or loss where classes are predicted. After every epoch all that the next
-    one needs goes to `seed<k>.resume`; the order of clips and dropout depend on seed and epoch.
-    """
-    spec = data.SPECS[dataset.name]
-    train, valid, test = (dataset.splits[s] for s in data.SPLITS)
-    d_inputs, d_output = [x.shape[2] for x in train.xs], width_of(dataset)
+def set_up(run, seed, resume=False):
+    """Model, optimiser and schedule as they start, or as --resume finds them."""
+    config = run.config
     torch.manual_seed(seed)
-    model = make_model(config, d_inputs, d_output).to(device)
-    optimizer = torch.optim.Adam(model.param_groups(config["weight_decay"]), config["lr"])
+    model = make_model(config, *widths(run)).to(run.device)
+    optimizer = make_optimizer(model, config)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.5)
-    chosen = "MAE" if config["task"] == "regression" else "loss"
-    best, log, first, started, kept = None, [], 1, time.time(), out / f"seed{seed}.resume"
-    if resume and kept.exists():
-        try:
-            state = torch.load(kept, weights_only=True, map_location="cpu")
-            same_run(kept, state["config"], config)
-            best, log, first = state["best"], state["log"], len(state["log"]) + 1
-            started -= log[-1]["seconds"]
-            model.load_state_dict(state["weights"])
-            optimizer.load_state_dict(state["optimizer"])
-            scheduler.load_state_dict(state["scheduler"])
-        except data.DataError:
-            raise
-        except Exception:
-            raise data.DataError(f"{kept} is damaged: delete it to train this seed from its start"
-                                 ) from None
-        say(f"seed {seed}  resumed after epoch {len(log)}")
+    training = Training(model, optimizer, scheduler, [], None, time.time())
+    path = run.out / f"seed{seed}.resume"
+    if resume and path.exists():
+        restore(path, config, training)
+        run.say(f"seed {seed}  resumed after epoch {len(training.log)}")
     if config["compile"]:
-        compile_scan() if device.type == "cpu" else model.compile()
-    parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+        model.compile()
+    return training
 
-    def progress(done, total, whole):
-        if RANK == 0 and sys.stdout.isatty():
-            print("\r" + "synthetic | " * dataset.synthetic
-                  + f"{done}/{whole} clips, loss {total.item() / done * WORLD:.4f} \r", end="",
-                  flush=True)
 
-    for epoch in range(first, config["epochs"] + 1):
-        if log and over(log, best, config):
+def train_epochs(run, seed, training):
+    """Train; after every epoch keep the weights that are best on valid, and save."""
+    config = run.config
+    valid = run.dataset.splits["valid"]
+    model = training.model
+    if run.world > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    for epoch in range(len(training.log) + 1, config["epochs"] + 1):
+        if diverged(training) or out_of_patience(training, config):
             break
-        order = np.random.default_rng((seed, epoch)).permutation(len(train.y))
-        torch.manual_seed((seed * 10 ** 5 + epoch) * WORLD + RANK)           # dropout
-        loss = train_epoch(parallel, optimizer, train, order, config, device, progress)
-        scheduler.step()
-        metrics = decide(lambda: measure(predict(model, valid, config, device), valid.y, spec))
-        better = best is None or metrics[chosen] < best["metric"] or np.isnan(best["metric"])
-        if better:
-            best = {"weights": {k: v.detach().cpu().clone() for k, v in model.state_dict().items()},
-                    "epoch": epoch, "metric": metrics[chosen]}
-        log.append({"epoch": epoch, "loss": loss, "valid": metrics, "synthetic": dataset.synthetic,
-                    "seconds": round(time.time() - started, 2)})
-        left = log[-1]["seconds"] / epoch * (config["epochs"] - epoch)
-        say(f"seed {seed}  epoch {epoch:3d}/{config['epochs']}  loss {loss:.4f}  valid "
-            f"{show(metrics, 3)}  {left / 60:5.1f} min left{'  *' if better else ''}")
-        if RANK == 0:
-            write_json(out / f"seed{seed}.jsonl", log, lines=True)
-            state = {"weights": model.state_dict(), "optimizer": optimizer.state_dict(),
-                     "scheduler": scheduler.state_dict(), "best": best, "log": log,
-                     "config": config}
-            write_whole(kept, lambda file: torch.save(state, file))
-    if diverged(log):
-        say(f"seed {seed}  loss {log[-1]['loss']}, valid {best['metric']}: training has diverged"
-            + (" (the paper's plain sum does; --coupling mean does not)"
-               if config["coupling"] == "sum" else ", a smaller --lr may help"))
+        loss = train_epoch(run, model, training.optimizer, seed, epoch)
+        training.scheduler.step()
+        out = predict(training.model, valid, config, run.device)
+        metrics = measure(out, valid.y, data.SPECS[config["dataset"]])
+        record(run, seed, training, loss, of_first_process(run, metrics))
 
-    course = [row["valid"][chosen] for row in log]
-    say(f"seed {seed}  valid {chosen} by epoch  {sparkline(course)}  {course[0]:.4f} to "
-        f"{course[-1]:.4f}, best {best['metric']:.4f}")
-    model.load_state_dict(best["weights"])
+    if diverged(training):
+        hint = "a smaller --lr may help"
+        if config["coupling"] == "sum":
+            hint = "the plain sum of the paper does so, --coupling mean does not"
+        run.say(f"seed {seed}  the loss or the metric on valid is no longer finite: "
+                f"training has diverged; {hint}")
+
+
+def evaluate(run, seed, training):
+    """Look at test once, with the weights that were best on valid; write the files."""
+    config = run.config
+    spec = data.SPECS[config["dataset"]]
+    best = training.best
+    training.model.load_state_dict(best["weights"])
     results = {"seed": seed, "epoch": best["epoch"]}
-    for s, split in (("valid", valid), ("test", test)):
-        prediction = predict(model, split, config, device)
-        results[s] = measure(prediction, split.y, spec)
-    say(f"seed {seed}  test at epoch {best['epoch']}: {show(results['test'])}")
+    for name in ("valid", "test"):
+        split = run.dataset.splits[name]
+        prediction = predict(training.model, split, config, run.device)
+        results[name] = measure(prediction, split.y, spec)
+    run.say(f"seed {seed}  test at epoch {best['epoch']}: {show(results['test'])}")
     if config["drop"]:
         drop = [spec.modalities.index(name) for name in config["drop"]]
-        dropped = predict(model, test, config, device, drop)
-        results["test_dropped"] = measure(dropped, test.y, spec)
-        say(f"seed {seed}  test without {', '.join(config['drop'])}: "
-            + show(results["test_dropped"]))
-    checkpoint = {**best, "config": config, "d_inputs": d_inputs, "d_output": d_output,
-                  "synthetic": dataset.synthetic, "versions": {"torch": str(torch.__version__),
-                                                               "numpy": np.__version__}}
-    if RANK == 0:
-        write_whole(out / f"seed{seed}.npz",
-                    lambda file: np.savez(file, prediction=prediction, target=test.y,
-                                          synthetic=dataset.synthetic))
-        write_whole(out / f"seed{seed}.pt", lambda file: torch.save(checkpoint, file))
+        dropped = predict(training.model, split, config, run.device, drop)
+        results["test_dropped"] = measure(dropped, split.y, spec)
+        run.say(f"seed {seed}  test without {', '.join(config['drop'])}: "
+                f"{show(results['test_dropped'])}")
+
+    d_inputs, d_output = widths(run)
+    synthetic = run.dataset.synthetic
+    saved = {**best, "config": config, "d_inputs": d_inputs, "d_output": d_output,
+             "versions": environment(run.device), "synthetic": synthetic}
+    arrays = {"prediction": prediction, "target": split.y, "synthetic": synthetic}
+    if run.rank == 0:
+        write_whole(run.out / f"seed{seed}.npz", lambda file: np.savez(file, **arrays))
+        write_whole(run.out / f"seed{seed}.pt", lambda file: torch.save(saved, file))
     return results
 
 
-def diverged(log):
-    valid = log[-1]["valid"]
-    return not np.isfinite([log[-1]["loss"], valid.get("MAE", valid.get("loss"))]).all()
+def record(run, seed, training, loss, metrics):
+    """Log an epoch, keep its weights if they are the best, save for the next epoch."""
+    config = run.config
+    epoch = len(training.log) + 1
+    metric = metrics[chosen_metric(config)]
+    best = training.best
+    star = ""
+    if best is None or metric < best["metric"] or math.isnan(best["metric"]):
+        weights = training.model.state_dict()
+        weights = {name: v.detach().cpu().clone() for name, v in weights.items()}
+        training.best = {"weights": weights, "epoch": epoch, "metric": metric}
+        star = "  *"
+    seconds = time.time() - training.started
+    training.log.append({
+        "epoch": epoch, "loss": loss, "valid": metrics,
+        "synthetic": run.dataset.synthetic, "seconds": round(seconds, 2)})
+
+    minutes = seconds / epoch * (config["epochs"] - epoch) / 60
+    last = dict(list(metrics.items())[-3:])
+    run.say(f"seed {seed}  epoch {epoch:3d}/{config['epochs']}  loss {loss:.4f}  "
+            f"valid {show(last)}  {minutes:5.1f} min left{star}")
+    if run.rank == 0:
+        lines = "".join(to_json(row) for row in training.log)
+        write_text(run.out / f"seed{seed}.jsonl", lines)
+        state = {"weights": training.model.state_dict(),
+                 "optimizer": training.optimizer.state_dict(),
+                 "scheduler": training.scheduler.state_dict(),
+                 "best": training.best, "log": training.log, "config": config}
+        path = run.out / f"seed{seed}.resume"
+        write_whole(path, lambda file: torch.save(state, file))
 
 
-def over(log, best, config):
-    """Whether training ends before its last epoch: it diverged, or --patience is exhausted."""
-    return diverged(log) or 0 < config["patience"] <= len(log) - best["epoch"]
+def restore(path, config, training):
+    """Put `training` where the last `record` left it."""
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        check_same_run(path, state["config"], config)
+        training.model.load_state_dict(state["weights"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        training.scheduler.load_state_dict(state["scheduler"])
+        training.best = state["best"]
+        training.log = state["log"]
+        training.started -= training.log[-1]["seconds"]
+    except data.DataError:
+        raise
+    except Exception:  # damage can surface as nearly any exception
+        raise data.DataError(
+            f"{path} is damaged: delete it to train this seed from its start") from None
+
+
+def chosen_metric(config):
+    """The metric that chooses the epoch on valid. Less is better."""
+    if config["task"] == "regression":
+        return "MAE"
+    return "loss"
+
+
+def diverged(training):
+    """Whether the last epoch ended in a loss or a metric that is not finite."""
+    if not training.log:
+        return False
+    last = training.log[-1]
+    metric = last["valid"].get("loss", last["valid"].get("MAE"))
+    return not math.isfinite(last["loss"] + metric)
+
+
+def out_of_patience(training, config):
+    """Whether the last --patience epochs were no better than the best before them."""
+    if config["patience"] == 0 or training.best is None:
+        return False
+    return len(training.log) - training.best["epoch"] >= config["patience"]
+
+
+def widths(run):
+    """The widths of the streams, and of the output."""
+    d_inputs = [x.shape[2] for x in run.dataset.splits["train"].xs]
+    return d_inputs, output_width(run.config)
+
+
+def output_width(config):
+    if config["task"] == "regression":
+        return 1
+    return data.SPECS[config["dataset"]].classes
+
+
+def of_first_process(run, metrics):
+    """The metrics of the first process in all of them: they must decide the same."""
+    box = [metrics]
+    if run.world > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def show(metrics):
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def sparkline(values, width=60):
-    """The course of `values` as a line of bars, the lowest for the least; blank: not finite."""
-    picked = np.array(values)[np.linspace(0, len(values) - 1, min(width, len(values))).round()
-                              .astype(int)]
-    finite = picked[np.isfinite(picked)]
-    low, span = (finite.min(), np.ptp(finite) or 1) if len(finite) else (0, 1)
-    bars = "▁▂▃▄▅▆▇█"
-    return "".join(bars[round(7 * (v - low) / span)] if np.isfinite(v) else " " for v in picked)
+    """The course of `values` as a line of bars. A value that is not finite is blank."""
+    picked = np.linspace(0, len(values) - 1, min(width, len(values)))
+    values = np.array(values)[picked.round().astype(int)]
+    finite = values[np.isfinite(values)]
+    bars = [" "] * len(values)
+    for i in np.flatnonzero(np.isfinite(values)):
+        height = (values[i] - finite.min()) / (np.ptp(finite) or 1)
+        bars[i] = "▁▂▃▄▅▆▇█"[round(7 * height)]
+    return "".join(bars)
 
 
-def show(metrics, most=None):
-    return "  ".join(f"{k} {v:.4f}" for k, v in list(metrics.items())[-(most or 99):])
+# ---------------------------------------------------------------------------- all seeds
+def train_seeds(run, resume):
+    """Train every seed; after each, write results.json with the mean of all so far."""
+    report = begin_report(run, resume)
+    finished = [result["seed"] for result in report["seeds"]]
+    first = run.config["seed"]
+    for seed in range(first, first + run.config["seeds"]):
+        if seed in finished:
+            run.say(f"seed {seed}  was finished before")
+            continue
+        training = set_up(run, seed, resume)
+        train_epochs(run, seed, training)
+        name = chosen_metric(run.config)
+        course = [row["valid"][name] for row in training.log]
+        run.say(f"seed {seed}  valid {name} by epoch  {sparkline(course)}  "
+                f"{course[0]:.4f} to {course[-1]:.4f}, "
+                f"best {training.best['metric']:.4f}")
+        report["seeds"].append(evaluate(run, seed, training))
+        report |= statistics_of(report["seeds"])
+        if run.rank == 0:
+            write_text(run.out / "results.json", to_json(report, indent=2))
+            (run.out / f"seed{seed}.resume").unlink(missing_ok=True)
+    say_summary(run, report)
 
 
-def width_of(dataset):
-    """d_output: 1, or the number of classes."""
-    floats = dataset.splits["train"].y.dtype == np.float32
-    return 1 if floats and dataset.splits["train"].y.ndim == 1 else data.SPECS[dataset.name].classes
-
-
-def run(config, dataset, out, say, resume=False):
-    device = torch.device(config["device"])
-    if device.type == "cuda" and WORLD > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    environment = {"device": torch.cuda.get_device_name() if device.type == "cuda" else
-                   f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)",
-                   "torch": str(torch.__version__), "numpy": np.__version__,
-                   "python": platform.python_version(), "system": platform.system()}
-    report = {"dataset": dataset.name, "synthetic": dataset.synthetic, "task": config["task"],
-              "config": config, "environment": environment, "seeds": []}
-    there = (out / "results.json").exists()
-    done = finished(out, config, resume) if there else []
-    if resume:
-        report["seeds"] = done
-        if not there:
-            say(f"nothing to resume in {out}: from the first epoch")
-    elif there and RANK == 0:                    # the same run anew: nothing of the old one stays
-        for old in out.glob("seed*"):
+def begin_report(run, resume):
+    """results.json before the first seed, or as the interrupted run has left it."""
+    path = run.out / "results.json"
+    report = {"dataset": run.dataset.name, "synthetic": run.dataset.synthetic,
+              "task": run.config["task"], "config": run.config,
+              "environment": environment(run.device), "seeds": []}
+    there = path.exists()
+    if there:
+        seeds = read_seeds(path, run.config, resume)
+    if there and resume:
+        report |= {"seeds": seeds, **statistics_of(seeds)}
+    elif resume:
+        run.say(f"There is nothing to resume in {run.out}: training starts anew.")
+    elif there and run.rank == 0:  # the same run anew: nothing of the old one stays
+        for old in run.out.glob("seed*"):
             if re.fullmatch(r"seed\d+\.(resume|pt|npz|jsonl)", old.name):
                 old.unlink()
-    if RANK == 0:
-        write_json(out / "results.json", report)             # now, so that --out is seen to work
-    model = make_model(config, [x.shape[2] for x in dataset.splits["train"].xs], width_of(dataset))
-    say("config: " + "  ".join(f"{k}={v}" for k, v in config.items()))
-    for s, split in dataset.splits.items():
-        shapes = "  ".join("x".join(map(str, x.shape[1:])) for x in split.xs)
-        say(f"{s}: {len(split.y)} clips of {shapes}, {100 * split.mask.mean():.1f} % of steps real")
-    size = sum(p.numel() for p in model.parameters())
-    say(f"{size:,} parameters, device {environment['device']}"
-        + f" x {WORLD} processes" * (WORLD > 1) + f", mode {config['mode']}, results in {out}")
-    for seed in range(config["seed"], config["seed"] + config["seeds"]):
-        if seed in [r["seed"] for r in report["seeds"]]:
-            say(f"seed {seed}  was finished before")
-        else:
-            report["seeds"].append(run_seed(seed, config, dataset, device, out, say, resume))
-        for part, suffix in (("test", ""), ("test_dropped", "_dropped")):
-            tests = [r[part] for r in report["seeds"] if part in r]
-            for name, statistic in (("mean", np.mean), ("std", np.std)) if tests else ():
-                report[name + suffix] = {k: float(statistic([t[k] for t in tests]))
-                                         for k in tests[0]}
-        if RANK == 0:
-            write_json(out / "results.json", report)
-            (out / f"seed{seed}.resume").unlink(missing_ok=True)
-    several = len(report["seeds"]) > 1
-    for suffix, without in ("", ""), ("_dropped", f" without {', '.join(config['drop'] or [])}"):
-        if "mean" + suffix in report:
-            say(f"test{without}, mean" + " ± std" * several
-                + f" of {len(report['seeds'])} seed{'s' * several}: "
-                + "  ".join(f"{k} {v:.4f}" + f" ± {report['std' + suffix][k]:.4f}" * several
-                            for k, v in report["mean" + suffix].items()))
+    if run.rank == 0:
+        write_text(path, to_json(report, indent=2))  # now, to see that it can be done
+    return report
 
 
-def finished(out, config, resume):
-    """The seeds that `out/results.json` has, after a check that it is of the same run."""
-    path = out / "results.json"
+def read_seeds(path, config, resume):
+    """The seeds that are in results.json, after a check that it is of the same run."""
     try:
         report = json.loads(path.read_text())
-        theirs, seeds = dict(report["config"]), report["seeds"]
-        if len({int(r["seed"]) for r in seeds}) != len(seeds):
-            raise ValueError
-        for r in seeds:
-            for part in r.keys() - {"seed", "epoch"} | {"valid", "test"}:
-                r[part] = {k: float("nan") if v is None else float(v) for k, v in r[part].items()}
+        theirs = dict(report["config"])
+        seeds = report["seeds"]
+        statistics_of(seeds)
+        if len({int(result["seed"]) for result in seeds}) != len(seeds):
+            raise ValueError("a seed occurs twice")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise data.DataError(f"{path} is no result of this program: give another --out") from None
-    same_run(path, theirs, config if resume else config | {"seeds": theirs.get("seeds")})
+        raise data.DataError(
+            f"{path} is no result of this program: give another --out") from None
+    if not resume:  # the same run is repeated, with any number of seeds
+        config = config | {"seeds": theirs.get("seeds")}
+    check_same_run(path, theirs, config)
     return seeds
 
 
-def same_run(path, theirs, config):
-    """Raise unless `config` is that of the run at `path`, up to more seeds and other workers."""
-    other = [f"{k}={theirs.get(k)} (here {config[k]})" for k in sorted(config.keys() - {"workers"})
-             if theirs.get(k) != config[k] and not (k == "seeds" and theirs.get(k, 0) < config[k])]
-    if other:
-        raise data.DataError(f"{path} is of another run, with {', '.join(other)}: give the same "
-                             "options, or another --out")
+def check_same_run(path, theirs, config):
+    """Raise unless `config` is that of the run at `path`. It may ask for more seeds."""
+    different = []
+    for name in sorted(config):
+        more_seeds = name == "seeds" and theirs.get(name, 0) < config[name]
+        if theirs.get(name) != config[name] and not more_seeds:
+            different.append(f"{name}={theirs.get(name)} (here {config[name]})")
+    if different:
+        raise data.DataError(f"{path} is of another run, with {', '.join(different)}: "
+                             "give the same options, or another --out")
 
 
-# ----------------------------------------------------------------------------- command line
+def statistics_of(seeds):
+    """Mean and deviation of every metric of test, with and without what is dropped."""
+    found = {}
+    for part, suffix in (("test", ""), ("test_dropped", "_dropped")):
+        if not seeds or (part == "test_dropped" and part not in seeds[0]):
+            continue
+        means, deviations = {}, {}
+        for name in seeds[0][part]:
+            values = np.array([result[part][name] for result in seeds], float)
+            means[name] = float(values.mean())
+            deviations[name] = float(values.std())
+        found |= {"mean" + suffix: means, "std" + suffix: deviations}
+    return found
+
+
+def say_summary(run, report):
+    """A line with the mean over the seeds, and with --drop a second one."""
+    count = len(report["seeds"])
+    titles = {"": "test"}
+    if run.config["drop"]:
+        titles["_dropped"] = f"test without {', '.join(run.config['drop'])}"
+    for suffix, title in titles.items():
+        mean, std = report["mean" + suffix], report["std" + suffix]
+        if count == 1:
+            run.say(f"{title}, 1 seed: {show(mean)}")
+        else:
+            values = [f"{name} {mean[name]:.4f} ± {std[name]:.4f}" for name in mean]
+            run.say(f"{title}, mean ± std of {count} seeds: {'  '.join(values)}")
+
+
+def environment(device):
+    return {"device": hardware(device), "torch": str(torch.__version__),
+            "numpy": np.__version__, "python": platform.python_version(),
+            "system": platform.system()}
+
+
+def hardware(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+# ------------------------------------------------------------------------ the benchmark
+PIECE = 64  # steps that `advance` gets at a time
+
+
+def benchmark(config, lengths):
+    """Print time and peak memory of the chosen model for each length (Figures 3, 4)."""
+    device = torch.device(config["device"])
+    cases = ["inference", "training step"]
+    if config["fusion"] == "attention":
+        cases = [f"{case}, {how}" for case in cases for how in ("explicit", "fused")]
+    elif config["fusion"] in ("coupled", "mamba"):
+        cases.insert(1, f"inference in pieces of {PIECE}")
+    print(f"{hardware(device)}, torch {torch.__version__}\n"
+          f"--fusion {config['fusion']}, batches of {config['batch_size']}, synthetic: "
+          f"random numbers in the widths of {config['dataset']}\n"
+          "seconds: the median of several; on a CPU, the sum over its threads\n"
+          "MB: the most memory in use except model and inputs; -: out of memory\n"
+          f"length  {'case':26} {'seconds':>10} {'MB':>10}")
+    for length in lengths:
+        for case in cases:
+            seconds, size = "-", "-"
+            try:
+                found = in_own_process(measure_case, config, length, case)
+                seconds, size = f"{found[0]:.5f}", f"{found[1] / 1e6:.1f}"
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            print(f"{length:6}  {case:26} {seconds:>10} {size:>10}", flush=True)
+
+
+def in_own_process(function, *arguments):
+    """One case must not see the memory that another one has left behind."""
+    spawn = multiprocessing.get_context("spawn")
+    no_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, below
+    with ProcessPoolExecutor(1, spawn, signal.signal, no_interrupt) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
+
+
+def measure_case(config, length, case):
+    """Median seconds of up to five repetitions, and the bytes they took at most."""
+    device = torch.device(config["device"])
+    work = make_work(config, length, case)
+    work()  # the first time also pays for what is built only once
+    before = memory(device, "VmRSS", restart=True)
+    seconds = []
+    while len(seconds) < 5 and sum(seconds) < 20:
+        start = now(device)
+        work()
+        seconds.append(now(device) - start)
+    return statistics.median(seconds), memory(device, "VmHWM") - before
+
+
+def make_work(config, length, case):
+    """A function that does once what is to be measured."""
+    torch.manual_seed(0)
+    device = torch.device(config["device"])
+    d_inputs = data.SPECS[config["dataset"]].widths
+    model = make_model(config, d_inputs, output_width(config)).to(device)
+    training = "training" in case
+    model.train(training)
+    if "explicit" in case:
+        for block in model.blocks:
+            block.explicit = True
+    if config["compile"]:
+        model.compile()
+    optimizer = make_optimizer(model, config)
+    b = config["batch_size"]
+    xs = [torch.randn(b, length, width, device=device) for width in d_inputs]
+
+    def work():
+        with torch.set_grad_enabled(training), autocast(config, device):
+            if "pieces" in case:
+                state = model.init_state(b)
+                for t in range(0, length, PIECE):
+                    out, state = model.advance([x[:, t:t + PIECE] for x in xs], state)
+            else:
+                out = model(xs)
+        if training:
+            (out.float() - 1).abs().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return work
+
+
+def now(device):
+    """The CPU time of this process, or the time when the GPU has finished its work."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory(device, field, restart=False):
+    """Bytes in use now ("VmRSS") or at most ("VmHWM") since the last `restart`."""
+    if device.type == "cuda":
+        if restart:
+            torch.cuda.reset_peak_memory_stats()
+        if field == "VmRSS":
+            return torch.cuda.memory_allocated()
+        return torch.cuda.max_memory_allocated()
+    if restart:
+        ctypes.CDLL(None).malloc_trim(0)  # give back what is free but not yet returned
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(field + r":\s+(\d+)", status)[1]) * 1024
+
+
+# --------------------------------------------------------------------- the command line
 class Parser(argparse.ArgumentParser):
-    def error(self, message):                                # one line, without the usage
+    def error(self, message):  # one line, without the usage
         self.exit(2, f"train.py: error: {message}; --help explains every option\n")
 
 
-HELP = """Train and evaluate Coupled Mamba.
-
-  python train.py --dataset sims                         a minute, without data on a stand-in
-  python train.py --dataset mosi --data FILE             the paper's settings, 5 seeds
-  python train.py --dataset sims --fusion attention      what the paper compares with
-  torchrun --nproc_per_node=2 train.py --dataset sims --out runs/two    on two GPUs or CPUs
-
-Defaults are the paper's; on the synthetic stand-in, what you do not give shrinks to a run of about
-a minute. Results go to --out: results.json, and for each seed weights, predictions and a log.
-"""
-
-
-def parse(argv):
-    p = Parser(usage="python train.py --dataset NAME [options]", description=HELP,
-               formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    group = p
-
-    def option(name, kind, default, text, says=None, **more):
-        more |= {} if "choices" in more else {"metavar": "PATH" if kind is Path else "N"}
-        group.add_argument(name, type=kind, default=default, **more,
-                           help=f"{text} (default: {default if says is None else says})")
-
-    def flag(name, text):
-        group.add_argument(name, action="store_true", help=f"{text} (default: off)")
-
-    def at_least(kind, low, below=float("inf")):
-        def number(text):
-            try:
-                if low <= kind(text) < below:
-                    return kind(text)
-            except ValueError:
-                pass
+def number(kind, low, below=math.inf):
+    """A type for argparse: a number of this kind, at least `low` and under `below`."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = NAN
+        if not low <= value < below:
+            name = "number"
+            if kind is int:
+                name = "whole number"
             raise argparse.ArgumentTypeError(
-                f"got {text!r}, expected a {'whole ' * (kind is int)}number from {low} up"
-                + f", below {below}" * (below < 1e99))
-        return number
+                f"got {text!r}, expected a {name} of at least {low} and below {below}")
+        return value
+    return convert
 
-    count, real, share = at_least(int, 1, 10 ** 7), at_least(float, 0.0), at_least(float, 0.0, 1.0)
+
+def option(group, name, text, default=None, **more):
+    """Add an option that is absent from the result unless the user gives it.
+
+    default: what --help says about it. None: what the presets have.
+    """
+    if default is None:
+        default = {**OURS, **PAPER}[name[2:].replace("-", "_")]
+    more["help"] = f"{text} (default: {default})"
+    group.add_argument(name, default=argparse.SUPPRESS, **more)
+
+
+def parse(argv=None):
+    """The options that the user gave, as a dict."""
+    p = Parser(usage="python train.py --dataset NAME [options]", description=__doc__,
+               formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+               epilog="On the stand-in, these are the defaults: "
+               f"{' '.join(f'{name}={value}' for name, value in STAND_IN.items())}.")
+    N = dict(type=number(int, 1, 10 ** 7), metavar="N")
+    RATE = dict(type=number(float, 0, 1), metavar="RATE")
+    PATH = dict(type=Path, metavar="PATH")
+    FLAG = dict(action="store_true")
     names = sorted({name for spec in data.SPECS.values() for name in spec.modalities})
+    sizes = ", ".join(f"{name} {size}" for name, size in BATCH_SIZE.items())
 
-    group = p.add_argument_group("data")
-    group.add_argument("--dataset", required=True, choices=list(data.SPECS), help="which dataset")
-    option("--data", Path, None, "its file or folder", says="data/<dataset>/, else the stand-in")
-    option("--out", Path, None, "folder for the results", says="runs/<dataset>-<fusion>")
-    option("--task", str, None, "what to predict: a number; or classes, labels in mmimdb",
-           says="regression for the sentiment sets, else classification",
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", required=True, choices=list(data.SPECS),
+                   help="The dataset. This option must be given.")
+    option(g, "--data", "Its file or folder.",
+           "its place below data/; without a file there, the stand-in", **PATH)
+    option(g, "--out", "The folder for the results.", "runs/<dataset>-<fusion>", **PATH)
+    option(g, "--task", "Predict a number, or classes.", "a number where possible",
            choices=["regression", "classification"])
-    option("--length", count, None, "steps every stream of a sentiment set is resampled to",
-           "min(50, longest stream)")
-    option("--tokens", count, None, "steps every vector of brca, rosmap, mmimdb is cut into",
-           data.TOKENS)
-    option("--missing-rate", share, 0.0, "set this share of all input elements to zero, the mean, "
-           "for training and evaluation; the same elements for every model and seed")
-    option("--drop", str, None, "evaluate on test also without these: " + ", ".join(names), "none",
-           nargs="+", choices=names, metavar="MODALITY")
+    option(g, "--length", "Resample streams of mosi, mosei, sims, simsv2 to N steps.",
+           "the length of the longest stream, at most 50", **N)
+    option(g, "--tokens", "Cut the vectors of brca, rosmap, mmimdb into N steps.",
+           data.TOKENS, **N)
+    option(g, "--missing-rate", "Set this part of all input elements to zero, which is "
+           "their mean, in all splits: the same for every model and seed.", **RATE)
+    option(g, "--drop", "Evaluate test once more without these modalities, some of "
+           f"{', '.join(names)}.", "none", nargs="+", choices=names, metavar="NAME")
 
-    group = p.add_argument_group("model")
-    option("--fusion", str, "coupled", "coupled: the paper's method; mamba: one Mamba for each "
-           "modality, joined only by the Cat maps; average, concat: one Mamba on the streams "
-           "averaged or side by side; attention: each modality attends to the others",
+    g = p.add_argument_group("model")
+    option(g, "--fusion", "coupled is the paper's method. mamba is one Mamba per "
+           "modality, their results weighted at the end. average and concat are one "
+           "Mamba on the streams averaged or side by side. In attention each modality "
+           "attends to the others.",
            choices=["coupled", "mamba", "average", "concat", "attention"])
-    option("--coupling", str, "mean", "weights of the states: 1/m, softmax of learned logits, or "
-           "all 1 as in Eq. 6, which diverges", choices=["mean", "learned", "sum"])
-    flag("--no-mix", "leave out the Cat maps between layers")
-    for name, text in (("d-model", "model width"), ("layers", "number of blocks"),
-                       ("d-state", "state size n"), ("expand", "inner width / model width"),
-                       ("d-conv", "width of the convolution")):
-        option("--" + name, count, None, text, says=PAPER[name.replace("-", "_")])
-    option("--dt-rank", count, None, "rank of the map to delta", says="d_state / 8")
-    option("--dropout", share, None, "of each block's output and in the head", PAPER["dropout"])
-    option("--pooling", str, "max", "over time; last: the last real step",
+    option(g, "--coupling", "The weights of the chains in the state that all of them "
+           "read. mean: equal weights that sum to one. learned: a softmax of learned "
+           "numbers. sum: all one as in Eq. 6, which diverges. none: no coupling.",
+           choices=["mean", "learned", "sum", "none"])
+    option(g, "--no-mix", "Leave out the Cat of Figure 1, in which the modalities are "
+           "mixed between two blocks.", "off", **FLAG)
+    option(g, "--d-model", "The model width d.", **N)
+    option(g, "--layers", "The number of blocks.", **N)
+    option(g, "--d-state", "The state size n.", **N)
+    option(g, "--expand", "The inner width e is N times d.", **N)
+    option(g, "--d-conv", "The number of steps that the convolution reads.", **N)
+    option(g, "--dt-rank", "The rank of the map to the step size.", "d_state / 8", **N)
+    option(g, "--dropout", "Dropout on the output of a block and in the head.", **RATE)
+    option(g, "--pooling", "How time is summarised. last is the last real step.",
            choices=["max", "mean", "last"])
 
-    group = p.add_argument_group("training")
-    option("--epochs", count, None, "how often all training clips are seen", says=PAPER["epochs"])
-    option("--batch-size", count, None, "clips per step and process",
-           says=", ".join(f"{k} {v}" for k, v in BATCH.items()))
-    option("--lr", at_least(float, 0.0, 100.0), None, "learning rate, halved every 50 epochs",
-           says=PAPER["lr"])
-    option("--weight-decay", real, None, "on matrices only", says=PAPER["weight_decay"])
-    flag("--class-weights", "let rarer classes weigh more in the loss")
-    option("--patience", at_least(int, 0), 0, "stop after so many epochs without a better valid "
-           "MAE (regression) or loss (classification); 0: never")
-    option("--seeds", at_least(int, 1, 10 ** 6), None, "how many runs", says=PAPER["seeds"])
-    option("--seed", at_least(int, 0, 2 ** 31), 0, "the first seed; the others follow")
+    g = p.add_argument_group("training")
+    option(g, "--epochs", "The number of passes over the training samples.", **N)
+    option(g, "--batch-size", "Samples per step and process.",
+           f"{sizes}; {BENCHMARK['batch_size']} for --benchmark", **N)
+    option(g, "--lr", "The learning rate. It is halved every 50 epochs.",
+           type=number(float, 0, 100), metavar="RATE")
+    option(g, "--optimizer", "adamw shrinks the weights directly. adam adds the weight "
+           "decay to the gradient as the paper does, which can keep the coupling from "
+           "being learned.", choices=list(OPTIMIZERS))
+    option(g, "--weight-decay", "The weight decay of the maps. Biases, norms, A, D and "
+           "the weights over modalities do not decay.",
+           type=number(float, 0), metavar="RATE")
+    option(g, "--stream-dropout", "In training, each sample loses each whole stream "
+           "with this probability, but never all of them.", **RATE)
+    option(g, "--patience", "Stop after N epochs without a better MAE (regression) or "
+           "loss (classification) on valid. 0 is never.",
+           type=number(int, 0), metavar="N")
+    option(g, "--seeds", "The number of runs.", **N)
+    option(g, "--seed", "The seed of the first run. The next runs count on.",
+           type=number(int, 0, 2 ** 31), metavar="N")
 
-    group = p.add_argument_group("how it runs")
-    option("--device", str, "auto", "where to run", choices=["auto", "cpu", "cuda", "mps"])
-    option("--mode", str, "auto", "how the scan is computed", choices=list(MODES))
-    flag("--amp", "matrix products in bfloat16; the state stays float32")
-    flag("--compile", "torch.compile the model, on CPUs the scan alone (needs a C++ compiler): the "
-         "first step takes long")
-    option("--workers", at_least(int, 0), 0, "processes that gather batches ahead")
-    flag("--resume", "go on where a run with the same options and --out was broken off")
-    return p.parse_args(argv)
+    g = p.add_argument_group("how it runs")
+    option(g, "--device", "Where to run. auto is a GPU if there is one.",
+           choices=["auto", "cpu", "cuda", "mps"])
+    option(g, "--mode", "How the scan is computed. auto is kernel where it can run, "
+           "otherwise scan.", choices=["auto", *MODES])
+    option(g, "--amp", "Multiply matrices in bfloat16; the state stays float32.", "off",
+           **FLAG)
+    option(g, "--compile", "Use torch.compile; the first step takes long.", "off",
+           **FLAG)
+    option(g, "--resume", "Continue an interrupted run with the same options.", "off",
+           **FLAG)
+    option(g, "--benchmark", "Do not train. Print time and peak memory of inference "
+           "and of a training step, each in a process of its own.", "off", **FLAG)
+    option(g, "--lengths", "The sequence lengths of --benchmark.",
+           " ".join(map(str, LENGTHS)), nargs="+", **N)
+    return vars(p.parse_args(argv))
+
+
+def make_config(given, preset):
+    """The settings of a run: the paper's and ours, then `preset`, then the user's."""
+    spec = data.SPECS[given["dataset"]]
+    given = {name: value for name, value in given.items() if name not in (
+        "data", "out", "resume", "benchmark", "lengths")}
+    config = {**OURS, **PAPER, "task": spec.tasks[0],
+              "batch_size": BATCH_SIZE[given["dataset"]], **preset, **given}
+    name, drop = config["dataset"], config["drop"]
+    if config["task"] not in spec.tasks:
+        raise data.DataError(
+            f"--task {config['task']}: {name} has only {', '.join(spec.tasks)}")
+    if config["length"] and spec.layout != "mmsa":
+        raise data.DataError(f"--length is not for {name}: use --tokens")
+    if config["tokens"] and spec.layout == "mmsa":
+        raise data.DataError(f"--tokens is not for {name}: use --length")
+    if not set(drop) < set(spec.modalities):
+        raise data.DataError(f"--drop {' '.join(drop)}: {name} has "
+                             f"{', '.join(spec.modalities)}, of which one must stay")
+    if config["fusion"] != "coupled" and ("coupling" in given or config["no_mix"]):
+        raise data.DataError("--coupling and --no-mix are only for --fusion coupled: "
+                             f"{config['fusion']} has neither coupling nor Cat")
+    config["device"] = pick_device(config["device"])
+    check_mode(config)
+    return config
 
 
 def pick_device(wish):
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True}
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.append("mps")
+    if torch.cuda.is_available():
+        present.append("cuda")
     if wish == "auto":
-        return next(name for name in have if have[name])
-    if not have[wish]:
-        raise data.DataError(f"--device {wish}: this machine has none, only "
-                             f"{', '.join(k for k in have if have[k])}")
+        return present[-1]
+    if wish not in present:
+        raise data.DataError(
+            f"--device {wish}: this machine has none, only {', '.join(present)}")
     return wish
 
 
-def get_dataset(args, path):
-    """The dataset that the options ask for, from `path`, or the stand-in where that is None."""
-    name, task, spec = args["dataset"], args["task"], data.SPECS[args["dataset"]]
-    if task not in spec.tasks:
-        raise data.DataError(f"--task {task}: {name} has only {', '.join(spec.tasks)}")
-    for option, other in (("length", "tokens"), ("tokens", "length")):
-        if args[option] and (spec.layout == "mmsa") != (option == "length"):
-            raise data.DataError(f"--{option} is not for {name}: use --{other}")
-    if args["drop"] and not set(args["drop"]) < set(spec.modalities):
-        raise data.DataError(f"--drop {' '.join(args['drop'])}: {name} has "
-                             f"{', '.join(spec.modalities)}, of which one must stay")
-    if args["class_weights"] and task == "regression":
-        raise data.DataError("--class-weights needs --task classification")
-    shape = dict(length=args["length"], task=task, tokens=args["tokens"] or data.TOKENS)
-    dataset = data.load(name, path, **shape) if path else \
-        data.synthetic(name, clips=tuple(map(min, spec.clips, SMALL_CLIPS)), **shape)
-    data.with_missing(dataset, args["missing_rate"])
-    return dataset
+def check_mode(config):
+    """Raise now, and not in the first epoch, if --mode cannot run here."""
+    model = make_model(config, [1, 1], 1).to(config["device"])
+    try:
+        with torch.no_grad():
+            model([torch.zeros(1, 2, 1, device=config["device"])] * 2)
+    except ValueError as error:
+        raise data.DataError(f"--mode {config['mode']}: {error}") from None
+
+
+def begin(given, rank, world):
+    """All that comes before the first seed: settings, data, folder, processes."""
+    name = given["dataset"]
+    spec = data.SPECS[name]
+    path = given.get("data")
+    if path is None and data.default_path(name).exists():
+        path = data.default_path(name)
+    config = make_config(given, {} if path else STAND_IN)
+    options = {"length": config["length"], "task": config["task"],
+               "tokens": config["tokens"] or data.TOKENS}
+    if path:
+        dataset = data.load(name, path, **options)
+    else:
+        samples = np.minimum(spec.samples, STAND_IN_SAMPLES).tolist()
+        dataset = data.synthetic(name, samples=samples, **options)
+    data.with_missing(dataset, config["missing_rate"])
+    steps = dataset.splits["train"].xs[0].shape[1]
+    if spec.layout == "mmsa":
+        config["length"] = steps
+    else:
+        config["tokens"] = steps
+    config |= {"processes": world, "data": fingerprint(dataset)}
+
+    out = given.get("out", Path("runs") / f"{name}-{config['fusion']}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise data.DataError(
+            f"--out {out} ({error.strerror}): expected a folder") from None
+    device = torch.device(config["device"])
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Run(config, dataset, out, device, rank, world)
 
 
 def fingerprint(dataset):
-    crc = 0
+    """A checksum by which --resume notices other data."""
+    checksum = 0
     for split in dataset.splits.values():
-        for v in (*split.xs, split.mask, split.y):
-            crc = zlib.crc32(np.ascontiguousarray(v), crc)
-    return f"{crc:08x}"
+        for array in (*split.xs, split.mask, split.y):
+            checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+    return f"{checksum:08x}"
+
+
+def introduce(run, given):
+    """Print once what is trained on what and where, and what to try next."""
+    config = run.config
+    if run.dataset.synthetic:
+        name = run.dataset.name
+        smaller = [f"{k}={v}" for k, v in STAND_IN.items() if k not in given]
+        sizes = "/".join(str(len(split.y)) for split in run.dataset.splits.values())
+        run.say(f"There are no data at {data.default_path(name)}. "
+                f"{data.how_to_get(name)} "
+                "This run uses a synthetic stand-in of the same shapes.")
+        run.say(f"To be quick it has {sizes} samples and these settings instead of the "
+                f"paper's: {' '.join(smaller)}")
+    run.say("config: " + "  ".join(f"{k}={v}" for k, v in config.items()))
+    for name, split in run.dataset.splits.items():
+        shapes = "  ".join(f"{x.shape[1]}x{x.shape[2]}" for x in split.xs)
+        run.say(f"{name + ':':6} {len(split.y)} samples of {shapes}, "
+                f"{100 * split.mask.mean():.1f} % of the steps are real")
+    model = make_model(config, *widths(run))
+    size = sum(p.numel() for p in model.parameters())
+    run.say(f"{size:,} parameters, device {hardware(run.device)}, "
+            f"processes {run.world}, mode {config['mode']}")
+    run.say(f"Results go to {run.out}.")
+    if config["fusion"] == "coupled":
+        run.say("To see what the coupling adds, run the same with --fusion mamba.")
+
+
+def is_out_of_memory(error):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError, BrokenProcessPool)):
+        return True
+    return re.search("not enough memory|can't allocate memory", str(error)) is not None
+
+
+def start(given, rank, world):
+    """What the options ask for: the benchmark, or training."""
+    if "benchmark" in given:
+        config = make_config(given, BENCHMARK)
+        if world > 1 or not (config["device"] == "cuda" or sys.platform == "linux"):
+            raise data.DataError("--benchmark needs one process, and Linux or a GPU")
+        benchmark(config, given.get("lengths", LENGTHS))
+        return
+    run = begin(given, rank, world)
+    introduce(run, given)
+    train_seeds(run, "resume" in given)
 
 
 def main(argv=None):
-    args = vars(parse(argv))
-    out, path, resume = args.pop("out"), args.pop("data"), args.pop("resume")
-    name = args["dataset"]
-    args["task"] = args["task"] or data.SPECS[name].tasks[0]
-
-    def say(line):
-        if RANK == 0:
-            print("synthetic | " * (path is None) + line, flush=True)
-
+    """Returns the exit code: 0, 2 after an error of the user, 130 after Ctrl-C."""
+    given = parse(argv)
+    rank = int(os.environ.get("RANK", 0))  # set by torchrun
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    code, message = 2, ""
     try:
-        args["device"] = pick_device(args["device"])
-        path = path or (data.default_path(name) if data.default_path(name).exists() else None)
-        given = {k: v for k, v in args.items() if v is not None}
-        config = {**args, **PAPER, "batch_size": BATCH[name], **({} if path else SMALL), **given}
-        dataset = get_dataset(args, path)
-        steps = "length" if data.SPECS[name].layout == "mmsa" else "tokens"
-        config |= {steps: dataset.splits["train"].xs[0].shape[1], "processes": WORLD,
-                   "data": fingerprint(dataset)}
-        if dataset.synthetic:
-            clips = "/".join(str(len(split.y)) for split in dataset.splits.values())
-            shrunk = " ".join(f"{k}={v}" for k, v in SMALL.items() if args.get(k) is None)
-            say(f"No data at {data.default_path(name)}. {data.how_to_get(name)} Going on with a "
-                "synthetic stand-in of the same shapes.")
-            say(f"shrunk to be quick: {shrunk} and {clips} clips")
-        out = out or Path("runs") / f"{name}-{config['fusion']}"
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise data.DataError(f"--out {out} ({error.strerror}): expected a folder") from None
-        if WORLD > 1:
-            dist.init_process_group("nccl" if args["device"] == "cuda" else "gloo")
-        run(config, dataset, out, say, resume)
+        start(given, rank, world)
+        code = 0
     except (data.DataError, OSError) as error:
-        if RANK == 0:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+        message = f"train.py: error: {error}"
     except KeyboardInterrupt:
-        if RANK == 0:
-            print("\ntrain.py: interrupted; the same command with --resume goes on after the last "
-                  "whole epoch", file=sys.stderr)
-        return 130
+        code = 130
+        message = "\ntrain.py: interrupted"
+        if "benchmark" not in given:
+            message += "; the same command with --resume goes on after the last epoch"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(
-                "not enough memory|can't allocate memory", str(error)):
+        if not is_out_of_memory(error):
             raise
-        print("train.py: error: out of memory: try a smaller --batch-size, --d-model or --length",
-              file=sys.stderr)
-        return 2
+        rank = 0  # print it, whichever process it was
+        message = ("train.py: error: out of memory: try a smaller --batch-size, "
+                   "--d-model or --length")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
+    if message and rank == 0:
+        print(message, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
