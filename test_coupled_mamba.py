@@ -242,7 +242,7 @@ def test_recurrence_is_equation_6(p):
 
 @pytest.mark.parametrize("mode", [*MODES, KERNEL])
 def test_constant_parameters_give_the_geometric_series(mode):
-    p = problem(l=40)
+    p = problem(l=40, b=1)
     for name in ("x", "delta", "B", "C", "w"):
         p[name] = p[name][:, :, :1].expand_as(p[name])
     first = {name: p[name][:, :, 0] for name in ("x", "delta", "B", "w")}
@@ -287,7 +287,7 @@ def test_modes_agree_at_the_edges_of_chunks_as_shipped(l, masked, mode, shipped_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["recurrence", "scan", KERNEL])
 def test_narrow_inputs_have_a_float32_state_and_their_own_dtype_out(mode, dtype):
-    p = problem(l=20, dtype=dtype, masked=dtype == torch.float32)
+    p = problem(l=2 * CHUNK + 1, dtype=dtype, masked=dtype == torch.float32)
     expected = outcome({name: v.double() for name, v in p.items()}, "recurrence")
     got = outcome(p, mode)
     assert got["y"].dtype == got["x"].dtype == dtype
@@ -301,7 +301,7 @@ def test_narrow_inputs_have_a_float32_state_and_their_own_dtype_out(mode, dtype)
 
 @pytest.mark.parametrize("mode", ["scan", KERNEL])
 def test_the_scan_is_exact_under_autocast_forward_and_backward(mode):
-    p = problem(l=20, dtype=torch.float32)
+    p = problem(l=CHUNK + 1, dtype=torch.float32)
     expected = outcome(p, mode)
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(outcome(p, mode), expected, 1e-6)
@@ -2661,7 +2661,8 @@ def test_compile_compiles_the_model_and_changes_nothing(run, monkeypatch):
     "--dataset brca --length 5", "--dataset brca --task regression", "--workers 2"])
 def test_a_wrong_command_is_one_line_and_code_2(words, folder, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if kernel:
+        monkeypatch.setattr(kernel, "INTERPRETED", False)
     try:
         code = train.main(["--dataset", "sims", *TINY, *words.split()])
     except SystemExit as error:
@@ -2696,7 +2697,7 @@ def test_a_run_on_the_stand_in_says_what_is_shrunk_where_results_go_and_what_nex
     assert train.main(argv) == 0
     out = capsys.readouterr().out
     assert "There are no data at data/sims" in out and "12/6/6 samples" in out
-    assert re.search("instead of the paper's: lr=[0-9.]+ seeds=1\n", out)
+    assert re.search("instead of the paper's: .*lr=[0-9.]+ seeds=1\n", out)
     assert "Results go to runs/sims-coupled" in out and "--fusion mamba" in out
     assert train.main([*argv, "--fusion", "mamba"]) == 0
     assert "the same with --fusion mamba" not in capsys.readouterr().out
