@@ -645,12 +645,12 @@ LATENT_NOISE = 0.25     # of each direction, in which a sign is 1 or -1
 WHITE_NOISE = 0.05      # of each feature
 
 
-# The second modality shows several signs, each 1 or -1 for some frames. A few frames
-# after a sign, the first modality replies with a sign of its own, a fair coin, and the
-# third one shows that it does. Only the product of a sign and its reply counts. Half of
-# the signs are 1 and half are -1; if the number of replies is odd, one more sign stays
-# without. So no sum or maximum over time tells anything about the products, not even
-# multiplied with one of another stream: the last sign must be known when a reply comes.
+# The second modality shows pairs of opposite signs, 1 and -1, in random order, each for
+# some frames. Some frames after most of them, the first modality replies with a sign of
+# its own, a fair coin, and the third one shows that it does. Only the product of a sign
+# and its reply counts. No stream alone tells whether a product is positive. All signs
+# of a sample sum to zero, so their sum, multiplied with that of the replies, does not
+# tell either: a model must know the last sign when a reply comes.
 #
 # Like real features, those of a stream have few directions: LATENT numbers per frame,
 # signs and noise, are mapped to the features by a random matrix, the same in every
@@ -675,16 +675,16 @@ def synthetic(name, length=None, samples=None, seed=0, task=None, tokens=TOKENS)
     if spec.layout != "mmsa":
         length = tokens
         widths = [-(-width // tokens) for width in widths]
-    replies = 3
+    pairs, replies = 2, 3
     if task == "classification" and spec.layout != "mmimdb":
-        replies = spec.classes - 1
+        pairs = replies = spec.classes - 1      # one reply to each pair
 
     rng = np.random.default_rng(seed)
     patterns = [rng.choice([-1.0, 1.0], LATENT) for _ in widths]
     matrices = [rng.standard_normal((LATENT, width)) for width in widths]
     splits = {}
     for s, count in zip(SPLITS, samples or spec.samples):
-        shown, products = _signs(rng, count, length, replies)
+        shown, products = _signs(rng, count, length, pairs, replies)
         xs = []
         for pattern, matrix, strength in zip(patterns, matrices, shown):
             xs.append(_stream(rng, strength, pattern, matrix))
@@ -694,23 +694,27 @@ def synthetic(name, length=None, samples=None, seed=0, task=None, tokens=TOKENS)
     return Dataset(name, True, splits)
 
 
-def _signs(rng, count, length, replies):
+def _signs(rng, count, length, pairs, replies):
     """What the three modalities show, each (count, length), mostly 0, and the products
     (count, replies).
     """
-    signs = replies + replies % 2
-    slot = length / signs                   # each sign has its own part of the time
+    slot = length / (2 * pairs)             # each sign has its own part of the time
     duration = max(1, int(slot / 4))
-    spare = max(1, int(slot) - 2 * duration - 3)
-    begin = (slot * np.arange(signs)).astype(int)
-    begin = begin + rng.integers(0, spare, (count, signs))
-    sign = rng.permuted(np.tile([1.0, -1.0], (count, signs // 2)), axis=1)
+    delays = max(1, min(4, int(slot) - 2 * duration + 1))
+    begins = max(1, int(slot) - 2 * duration - delays + 1)
 
-    order = rng.permuted(np.tile(np.arange(signs), (count, 1)), axis=1)
-    chosen = np.sort(order[:, :replies], 1)     # the signs that get a reply
+    sign = rng.choice([-1.0, 1.0], (count, pairs))
+    sign = np.concatenate([sign, -sign], 1)
+    order = rng.permuted(np.tile(np.arange(2 * pairs), (count, 1)), axis=1)
+    sign = np.take_along_axis(sign, order, 1)
+    answered = order < replies              # (count, 2 pairs)
+    begin = (slot * np.arange(2 * pairs)).astype(int)
+    begin = begin + rng.integers(0, begins, order.shape)
+
+    asked = sign[answered].reshape(count, replies)
     reply = rng.choice([-1.0, 1.0], (count, replies))
-    delay = duration + rng.integers(0, 4, (count, replies))
-    later = np.take_along_axis(begin, chosen, 1) + delay
+    delay = duration + rng.integers(0, delays, (count, replies))
+    later = begin[answered].reshape(count, replies) + delay
 
     def show(values, start):
         start = np.minimum(start, length - duration)[..., None]
@@ -719,7 +723,7 @@ def _signs(rng, count, length, replies):
         return (values[..., None] * now).sum(1)
 
     shown = show(reply, later), show(sign, begin), show(np.abs(reply), later)
-    return shown, np.take_along_axis(sign, chosen, 1) * reply
+    return shown, asked * reply
 
 
 def _stream(rng, strength, pattern, matrix):

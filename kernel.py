@@ -60,8 +60,8 @@ INTERPRETED = knobs.runtime.interpret        # TRITON_INTERPRET=1, read at impor
 
 # ------------------------------------------------------------------------- the kernels
 # All tensors are contiguous. Channels beyond e and states beyond n read 0: then S = 1,
-# V = 0 and C = 0, and nothing comes of them. EVEN says that there are none. ACC, float32
-# or float64, is the type of state and arithmetic; INDEX is the type of offsets.
+# V = 0 and C = 0, and nothing comes of them. EVEN says that there are none. ACC is the
+# type of state and arithmetic, float32 or float64, and INDEX is the type of offsets.
 @triton.jit
 def _load(pointer, mask, ACC: tl.constexpr):
     return tl.load(pointer, mask=mask, other=0.0).to(ACC)
@@ -79,7 +79,7 @@ def _load_A2(A, tile, in_tile, size, M: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def _reduce(
     x, delta,                    # (m, b, l, e)
-    A,                           # (m, e, n)
+    A,                           # (m, e, n), as wide as the state
     B,                           # (m, b, l, n)
     w,                           # (m, b, l)
     product, end,                # (b, segments, e, n), written
@@ -405,6 +405,7 @@ def _scan(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor
     """y, H_last and, to train, the H with which each chunk starts (b, chunks, e, n)."""
     x, delta, A, B, C, D, w, H0 = (
         v.contiguous() for v in (x, delta, A, B, C, D, w, H0))
+    A = A.to(H0.dtype)                      # like H, so that tiles are laid out alike
     plan = _plan_for(x, A, H0, backward=False)
     b, l, e, n, _, _ = plan.sizes
     y = torch.empty_like(x)
@@ -426,6 +427,7 @@ def _scan_backward(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor,
     """The gradients of x, delta, A, B, C, D and H0, and if `of_w` then that of w."""
     x, delta, A, B, C, D, w, dy, dH_last = (
         v.contiguous() for v in (x, delta, A, B, C, D, w, dy, dH_last))
+    A_wide = A.to(keep.dtype)
     plan = _plan_for(x, A, keep, backward=True)
     m, b, l, e = x.shape
     n = A.shape[-1]
@@ -445,10 +447,10 @@ def _scan_backward(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor,
                           plan.constants["BN"])
 
     with torch.cuda.device_of(x):
-        start = _starts(dH_last, dy, delta, A, C, w, plan, reverse=True)
-        _backward[plan.grid](x, delta, A, B, C, D, w, start, dy, keep, work, dx, ddelta,
-                             dA, dB, dC, dw, dH0, *plan.sizes, slices, K=CHUNK, DW=of_w,
-                             **plan.constants)
+        start = _starts(dH_last, dy, delta, A_wide, C, w, plan, reverse=True)
+        _backward[plan.grid](x, delta, A_wide, B, C, D, w, start, dy, keep, work, dx,
+                             ddelta, dA, dB, dC, dw, dH0, *plan.sizes, slices, K=CHUNK,
+                             DW=of_w, **plan.constants)
 
     dD = (dy.to(keep.dtype) * x).sum((1, 2)).to(D.dtype)
     gradients = [dx, ddelta, _add_up(dA, A), _add_up(dB, B), _add_up(dC, C), dD, dH0]
@@ -528,6 +530,11 @@ def unavailable(device, m):
     if found.major < 8:
         capability = f"{found.major}.{found.minor}"
         return f"the GPU has compute capability {capability} and it needs 8.0"
+    return _cannot_launch()
+
+
+@torch.compiler.assume_constant_result           # torch.compile asks once, from outside
+def _cannot_launch():
     return _launcher_failure()
 
 
