@@ -700,7 +700,7 @@ def _signs(rng, count, length, pairs, replies):
     """
     slot = length / (2 * pairs)             # each sign has its own part of the time
     duration = max(1, int(slot / 4))
-    delays = max(1, min(4, int(slot) - 2 * duration + 1))
+    delays = max(1, min(2, int(slot) - 2 * duration + 1))
     begins = max(1, int(slot) - 2 * duration - delays + 1)
 
     sign = rng.choice([-1.0, 1.0], (count, pairs))

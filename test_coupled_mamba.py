@@ -960,6 +960,25 @@ def test_streaming_in_pieces_equals_forward_in_values_and_gradients(o, masked, c
     assert_close(gradients(out, model), gradients(whole, model))
 
 
+@given(options)
+def test_the_head_reads_the_real_steps_pooled_and_weighted_over_the_modalities(o):
+    model, xs = model_and_input(**o)
+    mask = draw_mask(xs, o["seed"], rate=0.3)
+    features = model.encode(xs, mask)
+    out = model(xs, mask)
+    for j in range(2):
+        pooled = []
+        logits = []
+        for i in range(o["m"]):
+            real = features[i, j][mask[i, j]]
+            if len(real) > 0:
+                of_time = {"max": real.amax(0), "mean": real.mean(0), "last": real[-1]}
+                pooled.append(of_time[o["pooling"]])
+                logits.append(model.modality_logits[i])
+        weights = torch.softmax(torch.stack(logits), 0)
+        assert_close(out[j], model.head(weights @ torch.stack(pooled)))
+
+
 @given(options, GARBAGE)
 def test_what_a_missing_step_contains_is_never_read(o, garbage):
     model, xs = model_and_input(**o)
