@@ -59,20 +59,20 @@ INTERPRETED = knobs.runtime.interpret        # TRITON_INTERPRET=1, read at impor
 
 
 # ------------------------------------------------------------------------- the kernels
-# All tensors are contiguous. Channels beyond e and states beyond n read 0: then S = 1,
-# V = 0 and C = 0, and nothing comes of them. EVEN says that there are none. ACC is the
-# type of state and arithmetic, float32 or float64, and INDEX is the type of offsets.
+# All tensors are contiguous and of one type, ACC: float32 or float64. INDEX is the type
+# of offsets. Channels beyond e and states beyond n read 0: then S = 1, V = 0 and C = 0,
+# and nothing comes of them. EVEN says that there are none.
 @triton.jit
-def _load(pointer, mask, ACC: tl.constexpr):
-    return tl.load(pointer, mask=mask, other=0.0).to(ACC)
+def _load(pointer, mask):
+    return tl.load(pointer, mask=mask, other=0.0)
 
 
 @triton.jit
-def _load_A2(A, tile, in_tile, size, M: tl.constexpr, ACC: tl.constexpr):
+def _load_A2(A, tile, in_tile, size, M: tl.constexpr):
     """A log2(e) of every chain: exp2 is one instruction, exp is several."""
     A2 = ()
     for k in tl.static_range(M):
-        A2 += (_load(A + k * size + tile, in_tile, ACC) * LOG2E,)
+        A2 += (_load(A + k * size + tile, in_tile) * LOG2E,)
     return A2
 
 
@@ -101,7 +101,7 @@ def _reduce(
     tile = channels[:, None] * n + states[None, :]
     in_tile = in_e[:, None] & in_n[None, :]
 
-    A2 = _load_A2(A, tile, in_tile, e * n, M, ACC)
+    A2 = _load_A2(A, tile, in_tile, e * n, M)
     H = tl.zeros((BE, BN), ACC)
     total = tl.full((BE, BN), 1.0, ACC)
     first = s * length
@@ -114,10 +114,10 @@ def _reduce(
 
         for k in tl.static_range(M):
             row = (k * b + i) * l + t
-            d = _load(delta + (row * e + channels), in_e, ACC)
-            x_ = _load(x + (row * e + channels), in_e, ACC)
-            B_ = _load(B + (row * n + states), in_n, ACC)
-            w_ = tl.load(w + row).to(ACC)
+            d = _load(delta + (row * e + channels), in_e)
+            x_ = _load(x + (row * e + channels), in_e)
+            B_ = _load(B + (row * n + states), in_n)
+            w_ = tl.load(w + row)
 
             S = tl.exp2(d[:, None] * A2[k])
             P += w_ * S
@@ -145,14 +145,13 @@ def _carry(
     i = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_size = part < size
-    H = tl.load(state + i * size + part, mask=in_size, other=0.0)
+    H = _load(state + i * size + part, in_size)
 
     for j in tl.range(segments, num_stages=2):
         s = segments - 1 - j if REVERSE else j
         at = (i * segments + s) * size + part
         tl.store(start + at, H, mask=in_size)
-        P = tl.load(product + at, mask=in_size, other=0.0)
-        H = P * H + tl.load(end + at, mask=in_size, other=0.0)
+        H = _load(product + at, in_size) * H + _load(end + at, in_size)
 
 
 @triton.jit
@@ -180,12 +179,12 @@ def _forward(
     tile = channels[:, None] * n + states[None, :]
     in_tile = in_e[:, None] & in_n[None, :]
 
-    A2 = _load_A2(A, tile, in_tile, e * n, M, ACC)
+    A2 = _load_A2(A, tile, in_tile, e * n, M)
     skip = ()
     for k in tl.static_range(M):
-        skip += (_load(D + (k * e + channels), in_e, ACC),)
+        skip += (_load(D + (k * e + channels), in_e),)
     start += (i * segments + s).to(tl.int64) * e * n
-    H = tl.load(start + tile, mask=in_tile, other=0.0)
+    H = _load(start + tile, in_tile)
 
     for c in range(s * length // K, tl.cdiv(min((s + 1) * length, l), K)):
         if KEEP:
@@ -198,11 +197,11 @@ def _forward(
 
             for k in tl.static_range(M):
                 row = (k * b + i) * l + t
-                d = _load(delta + (row * e + channels), in_e, ACC)
-                x_ = _load(x + (row * e + channels), in_e, ACC)
-                B_ = _load(B + (row * n + states), in_n, ACC)
-                C_ = _load(C + (row * n + states), in_n, ACC)
-                w_ = tl.load(w + row).to(ACC)
+                d = _load(delta + (row * e + channels), in_e)
+                x_ = _load(x + (row * e + channels), in_e)
+                B_ = _load(B + (row * n + states), in_n)
+                C_ = _load(C + (row * n + states), in_n)
+                w_ = tl.load(w + row)
 
                 S = tl.exp2(d[:, None] * A2[k])
                 h = S * H + (d * x_)[:, None] * B_[None, :]          # Eq. 6
@@ -264,16 +263,16 @@ def _backward(
     dC += (block % slices).to(tl.int64) * M * b * l * n
     dw += block.to(tl.int64) * M * b * l
 
-    A2 = _load_A2(A, tile, in_tile, e * n, M, ACC)
+    A2 = _load_A2(A, tile, in_tile, e * n, M)
     dA_ = ()
     for k in tl.static_range(M):
         dA_ += (tl.zeros((BE, BN), ACC),)
     start += (i * segments + s).to(tl.int64) * e * n
-    G = tl.load(start + tile, mask=in_tile, other=0.0)
+    G = _load(start + tile, in_tile)
 
     for c in range(tl.cdiv(min((s + 1) * length, l), K) - 1, s * length // K - 1, -1):
         kept = keep + (i * tl.cdiv(l, K) + c).to(tl.int64) * e * n
-        H = tl.load(kept + tile, mask=in_tile, other=0.0)
+        H = _load(kept + tile, in_tile)
         steps = min(K, l - c * K)
 
         for j in tl.range(steps, num_stages=2):              # forward, by Eq. 7
@@ -283,10 +282,10 @@ def _backward(
 
             for k in tl.static_range(M):
                 row = (k * b + i) * l + c * K + j
-                d = _load(delta + (row * e + channels), in_e, ACC)
-                x_ = _load(x + (row * e + channels), in_e, ACC)
-                B_ = _load(B + (row * n + states), in_n, ACC)
-                w_ = tl.load(w + row).to(ACC)
+                d = _load(delta + (row * e + channels), in_e)
+                x_ = _load(x + (row * e + channels), in_e)
+                B_ = _load(B + (row * n + states), in_n)
+                w_ = tl.load(w + row)
                 P += w_ * tl.exp2(d[:, None] * A2[k])
                 U += (w_ * d * x_)[:, None] * B_[None, :]
             H = P * H + U
@@ -299,13 +298,13 @@ def _backward(
 
             for k in tl.static_range(M):
                 row = (k * b + i) * l + c * K + j
-                d = _load(delta + (row * e + channels), in_e, ACC)
-                x_ = _load(x + (row * e + channels), in_e, ACC)
-                dy_ = _load(dy + (row * e + channels), in_e, ACC)
-                B_ = _load(B + (row * n + states), in_n, ACC)
-                C_ = _load(C + (row * n + states), in_n, ACC)
-                D_ = _load(D + (k * e + channels), in_e, ACC)
-                w_ = tl.load(w + row).to(ACC)
+                d = _load(delta + (row * e + channels), in_e)
+                x_ = _load(x + (row * e + channels), in_e)
+                dy_ = _load(dy + (row * e + channels), in_e)
+                B_ = _load(B + (row * n + states), in_n)
+                C_ = _load(C + (row * n + states), in_n)
+                D_ = _load(D + (k * e + channels), in_e)
+                w_ = tl.load(w + row)
 
                 v = d * x_
                 S = tl.exp2(d[:, None] * A2[k])
@@ -368,11 +367,11 @@ def _plan(m, b, l, e, n, double, backward, processors, chunk, shortest, fewest):
     return Plan((b * segments, blocks), (b, l, e, n, segments, length), constants)
 
 
-def _plan_for(x, A, H, backward):
+def _plan_for(x, A, backward):
     processors = PROCESSORS
     if x.is_cuda:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return _plan(*x.shape, A.shape[-1], H.dtype == torch.float64, backward, processors,
+    return _plan(*x.shape, A.shape[-1], x.dtype == torch.float64, backward, processors,
                  CHUNK, SEGMENT, BACKWARD if backward else FORWARD)
 
 
@@ -392,10 +391,13 @@ def _starts(state, x, delta, A, B, w, plan, reverse):
     return start
 
 
-def _add_up(parts, like):
-    """The sum over the first axis, in the dtype of `like`."""
-    total = parts[0] if len(parts) == 1 else parts.sum(0)
-    return total.to(like.dtype)
+def _add_up(parts):
+    return parts[0] if len(parts) == 1 else parts.sum(0)
+
+
+def _prepared(*tensors, dtype):
+    """Contiguous and of one type. To load bfloat16 at each step would take longer."""
+    return [v.to(dtype).contiguous() for v in tensors]
 
 
 @torch.library.custom_op("coupled_mamba::scan", mutates_args=())
@@ -403,10 +405,9 @@ def _scan(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor
           C: torch.Tensor, D: torch.Tensor, w: torch.Tensor, H0: torch.Tensor,
           train: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, H_last and, to train, the H with which each chunk starts (b, chunks, e, n)."""
-    x, delta, A, B, C, D, w, H0 = (
-        v.contiguous() for v in (x, delta, A, B, C, D, w, H0))
-    A = A.to(H0.dtype)                      # like H, so that tiles are laid out alike
-    plan = _plan_for(x, A, H0, backward=False)
+    dtype = x.dtype
+    x, delta, A, B, C, D, w, H0 = _prepared(x, delta, A, B, C, D, w, H0, dtype=H0.dtype)
+    plan = _plan_for(x, A, backward=False)
     b, l, e, n, _, _ = plan.sizes
     y = torch.empty_like(x)
     H_last = torch.empty_like(H0)
@@ -416,7 +417,7 @@ def _scan(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor
         start = _starts(H0, x, delta, A, B, w, plan, reverse=False)
         _forward[plan.grid](x, delta, A, B, C, D, w, start, y, H_last, keep,
                             *plan.sizes, K=CHUNK, KEEP=train, **plan.constants)
-    return y, H_last, keep
+    return y.to(dtype), H_last, keep
 
 
 @torch.library.custom_op("coupled_mamba::scan_backward", mutates_args=())
@@ -425,10 +426,10 @@ def _scan_backward(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor,
                    keep: torch.Tensor, dy: torch.Tensor, dH_last: torch.Tensor,
                    of_w: bool) -> list[torch.Tensor]:
     """The gradients of x, delta, A, B, C, D and H0, and if `of_w` then that of w."""
-    x, delta, A, B, C, D, w, dy, dH_last = (
-        v.contiguous() for v in (x, delta, A, B, C, D, w, dy, dH_last))
-    A_wide = A.to(keep.dtype)
-    plan = _plan_for(x, A, keep, backward=True)
+    given = [x, delta, A, B, C, D, dH_last, w]
+    x, delta, A, B, C, D, w, dy, dH_last = _prepared(
+        x, delta, A, B, C, D, w, dy, dH_last, dtype=keep.dtype)
+    plan = _plan_for(x, A, backward=True)
     m, b, l, e = x.shape
     n = A.shape[-1]
     programs, blocks = plan.grid
@@ -447,16 +448,16 @@ def _scan_backward(x: torch.Tensor, delta: torch.Tensor, A: torch.Tensor,
                           plan.constants["BN"])
 
     with torch.cuda.device_of(x):
-        start = _starts(dH_last, dy, delta, A_wide, C, w, plan, reverse=True)
-        _backward[plan.grid](x, delta, A_wide, B, C, D, w, start, dy, keep, work, dx,
-                             ddelta, dA, dB, dC, dw, dH0, *plan.sizes, slices, K=CHUNK,
-                             DW=of_w, **plan.constants)
+        start = _starts(dH_last, dy, delta, A, C, w, plan, reverse=True)
+        _backward[plan.grid](x, delta, A, B, C, D, w, start, dy, keep, work, dx, ddelta,
+                             dA, dB, dC, dw, dH0, *plan.sizes, slices, K=CHUNK, DW=of_w,
+                             **plan.constants)
 
-    dD = (dy.to(keep.dtype) * x).sum((1, 2)).to(D.dtype)
-    gradients = [dx, ddelta, _add_up(dA, A), _add_up(dB, B), _add_up(dC, C), dD, dH0]
+    dD = (dy * x).sum((1, 2))
+    gradients = [dx, ddelta, _add_up(dA), _add_up(dB), _add_up(dC), dD, dH0]
     if of_w:
-        gradients.append(_add_up(dw, w))
-    return gradients
+        gradients.append(_add_up(dw))
+    return [d.to(v.dtype) for d, v in zip(gradients, given)]
 
 
 # The shapes and dtypes that the operators return, which is all that torch.compile asks.
@@ -530,11 +531,6 @@ def unavailable(device, m):
     if found.major < 8:
         capability = f"{found.major}.{found.minor}"
         return f"the GPU has compute capability {capability} and it needs 8.0"
-    return _cannot_launch()
-
-
-@torch.compiler.assume_constant_result           # torch.compile asks once, from outside
-def _cannot_launch():
     return _launcher_failure()
 
 
