@@ -4,9 +4,10 @@ Paper: Li, Zhou, Yu, Song, Yang, "Coupled Mamba: Enhanced Multi-modal Fusion wit
 Coupled State Space Model", NeurIPS 2024 (arXiv 2405.18014). It builds on Gu and Dao,
 "Mamba" (arXiv 2312.00752). This file needs torch and nothing else: copy it.
 
-Each modality (text, audio, vision, ...) has a Mamba, which turns an input x into an
-output y through a state h that is carried through time. In a Coupled Mamba the state of
-every modality's chain is computed from the last states of all chains:
+Each modality (text, audio, vision, ...) has its own Mamba layer, which turns an input x
+into an output y through a state h that is carried through time. This recurrence is the
+chain of the modality. In a Coupled Mamba the state of every chain is computed from the
+previous states of all chains:
 
              time t-1                                     time t
 
@@ -25,7 +26,7 @@ size Delta keeps the state, a large one overwrites it with the input. The model 
 called selective because Delta, B and C are computed from the input at every step; this
 happens in `Block.forward`.
 
-The axes have always this order: m modalities, b batch, l time, then the channels: d
+The axes always have this order: m modalities, b batch, l time, then the channels: d
 (width of the model), e = expand * d (inner width), n (size of the state of a channel).
 
     symbol              in code  shape              meaning
@@ -42,9 +43,10 @@ The axes have always this order: m modalities, b batch, l time, then the channel
     P, U                P, U     (b, l, e, n)       transition and input of H, Eq. 7
 
 Reading order: `recurrence` is the definition (Eq. 6). `collapse` is the idea that makes
-it cheap (Eq. 7). `convolution` is the global kernel (Eq. 8). `coupled_scan` runs any of
-them. `Block` is Algorithm 1 and `CoupledMamba` is Figure 1. There the method ends; the
-rest of the file computes it fast.
+it cheap (Eq. 7). `convolution` is the global convolution kernel (Eq. 8). `coupled_scan`
+runs any of them; to scan is to compute a recurrence over time. `Block` is Algorithm 1
+and `CoupledMamba` is Figure 1. There the method ends. The rest of the file computes it
+fast; the mode "kernel" there is a program for GPUs, written in Triton.
 """
 import functools
 import importlib
@@ -208,7 +210,7 @@ def coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None, mode="auto"):
 
     Args:
         x: (m, b, l, e), the input.
-        delta: (m, b, l, e), the step size, > 0. Where it is 0 the state stays as it is.
+        delta: (m, b, l, e), the step size, > 0. Where it is 0, h[m,t] is H[t-1].
         A: (m, e, n), < 0.
         B, C: (m, b, l, n). If delta, B or C is constant in time, the axis l may be left
             out: delta (m, b, e), B and C (m, b, n).
@@ -244,10 +246,9 @@ def complete_arguments(x, delta, A, B, C, D, w, H0, mode):
         D = x.new_zeros(m, e)
     if w is None:
         w = x.new_full((m,), 1 / m, dtype=dtype)
-    matrix = mode == "recurrence" and w.dim() == 2
     if H0 is None:
         H0 = x.new_zeros(b, e, A.shape[-1], dtype=dtype)
-        if matrix:
+        if w.dim() == 2:
             H0 = H0.expand(m, -1, -1, -1)
 
     constant = delta.dim() == 3 and B.dim() == 3 and C.dim() == 3 and w.dim() == 1
@@ -465,14 +466,19 @@ class Block(nn.Module):
             out = torch.addcmul(out, tap, u[:, :, j:j + l])
         return out, u[:, :, l:].clone()        # a view would keep all of u in memory
 
-    def init_state(self, b):
-        """The BlockState before the first step for a batch of b: all zero."""
+    def state_shapes(self, b):
+        """The shapes of a BlockState for a batch of b."""
         m, e, n = self.A_log.shape
         taps = self.conv_weight.shape[-1]
-        conv = self.D.new_zeros(m, b, taps - 1, e)
-        H = self.D.new_zeros(m, b, e, n, dtype=state_dtype(self.D))
-        if self.coupling != "none":
-            H = H[0]
+        if self.coupling == "none":
+            return BlockState((m, b, taps - 1, e), (m, b, e, n))
+        return BlockState((m, b, taps - 1, e), (b, e, n))
+
+    def init_state(self, b):
+        """The BlockState before the first step for a batch of b: all zero."""
+        shapes = self.state_shapes(b)
+        conv = self.D.new_zeros(shapes.conv)
+        H = self.D.new_zeros(shapes.H, dtype=state_dtype(self.D))
         return BlockState(conv, H)
 
 
@@ -559,7 +565,7 @@ class CoupledMamba(nn.Module):
 
         Args:
             xs, mask: the next l steps, l >= 1, as for `forward`.
-            state: what the last call returned, or `init_state(b)` for the first.
+            state: what the last call of this model returned, or `init_state(b)`.
         Returns:
             out (b, d_output), equal to `forward` on all steps so far, and a new state.
             Gradients flow through the state. Under torch.no_grad memory is constant.
@@ -599,8 +605,8 @@ class CoupledMamba(nn.Module):
         f = []
         for i, encoder in enumerate(self.encoders):
             x = xs[i]
-            if mask is not None:               # else NaN reaches the encoder's gradient
-                x = zero_absent(x, mask[i])
+            if mask is not None:
+                x = zero_absent(x, mask[i])    # NaN would reach the encoder's gradient
             f.append(encoder(x))
         f = zero_absent(torch.stack(f), mask)                        # (m, b, l, d)
 
@@ -640,15 +646,15 @@ class CoupledMamba(nn.Module):
         seen = (count > 0)[..., None]                                # (m, b, 1)
         if self.config["pooling"] == "mean":
             pooled = pooled / count.clamp(min=1)[..., None]
-        logits = torch.where(seen, self.modality_logits[:, None, None], ABSENT)
-        weights = torch.softmax(logits, 0)
+        logits = self.modality_logits.to(pooled.dtype)[:, None, None]
+        weights = torch.softmax(torch.where(seen, logits, ABSENT), 0)
         return (weights * torch.where(seen, pooled, 0)).sum(0)
 
     def _check(self, xs, mask, axes=("b", "l")):
         """Raise ValueError unless xs are m tensors (*axes, width) and mask fits."""
         widths = tuple(self.config["d_inputs"])
-        expected = (f"a list of {len(widths)} tensors ({', '.join(axes)}, width), with "
-                    f"the widths {widths} and one {' and one '.join(axes)}")
+        expected = (f"a list of {len(widths)} tensors ({', '.join(axes)}, width) with "
+                    f"the widths {widths} and the same {' and '.join(axes)}")
         if not isinstance(xs, (list, tuple)):
             raise ValueError(f"xs is a {type(xs).__name__}, expected {expected}")
         for x in xs:
@@ -659,7 +665,7 @@ class CoupledMamba(nn.Module):
         fits = shapes == [(*leading, width) for width in widths]
         if not fits or len(leading) != len(axes) or 0 in leading:
             raise ValueError(f"xs has the shapes {shapes}, expected {expected}, none "
-                             "of length 0: resample the streams to one length")
+                             "of them 0: resample streams that have other lengths")
 
         dtype = self.modality_logits.dtype
         narrow = (torch.float32, torch.float16, torch.bfloat16)
@@ -680,7 +686,7 @@ class CoupledMamba(nn.Module):
                              f"expected torch.bool of shape {shape}, True where real")
 
     def _check_state(self, state, b):
-        """Raise ValueError unless `state` is one of this model for a batch of b."""
+        """Raise ValueError unless `state` has the shapes of this model and batch."""
         advice = f"begin with state = model.init_state({b})"
         if not isinstance(state, State):
             raise ValueError(f"state is a {type(state).__name__}, expected a State: "
@@ -688,13 +694,19 @@ class CoupledMamba(nn.Module):
         m = len(self.encoders)
         d = self.encoders[0].out_features
         fits = state.pooled.shape == (m, b, d) and len(state.blocks) == len(self.blocks)
+        for given, block in zip(state.blocks, self.blocks):
+            shapes = BlockState(given.conv.shape, given.H.shape)
+            fits = fits and shapes == block.state_shapes(b)
         if not fits:
             raise ValueError("state is of another model or of another batch size, "
                              f"expected one for a batch of {b}: {advice}")
 
 
 def check_config(config):
-    """Raise ValueError unless `config` holds arguments that `CoupledMamba` can take."""
+    """Raise ValueError unless `config` holds arguments that `CoupledMamba` can take.
+
+    Sizes become Python's own integers, which torch.load(weights_only=True) accepts.
+    """
     d_inputs = config["d_inputs"]
     if not isinstance(d_inputs, (list, tuple)) or not d_inputs:
         raise ValueError(f"d_inputs is {d_inputs!r}, expected the feature widths of "
@@ -715,6 +727,9 @@ def check_config(config):
     for name, size in sizes.items():
         if not isinstance(size, numbers.Integral) or size < 1:
             raise ValueError(f"{name} is {size!r}, expected a whole number from 1 up")
+        if name in config:
+            config[name] = int(size)
+    config["d_inputs"] = tuple(int(width) for width in d_inputs)
 
 
 # ================================================================= the method ends here
@@ -722,7 +737,7 @@ def check_config(config):
 # Triton kernel. You can understand and use the model without reading it.
 
 CHUNK = 16                    # steps between two states that are kept for backward
-CHUNK_ELEMENTS = 3 << 19      # numbers in S of a chunk: some megabytes, for the cache
+CHUNK_ELEMENTS = 3 * 2 ** 19  # numbers in S of a chunk: some megabytes, for the cache
 
 
 def scan(x, delta, A, B, C, D, w, H0):
@@ -967,7 +982,7 @@ def kernel_problem(device, m):
     return sys.modules[KERNEL].unavailable(device, m)
 
 
-# torch.compile shall call these two and not trace them. The public way to say so,
+# torch.compile must call these two and not trace them. The public way to say so,
 # torch.compiler.assume_constant_result, would make every import a second slower.
 choose_mode._dynamo_marked_constant = True
 kernel_problem._dynamo_marked_constant = True
@@ -977,12 +992,15 @@ kernel_problem._dynamo_marked_constant = True
 def import_problem():
     """Import kernel.py, here and not before because it needs Triton.
 
-    Returns None, or the reason why it cannot be had.
+    Returns None, or the reason why it cannot be imported.
     """
     file = Path(__file__).with_name("kernel.py")
     if not file.exists():
         return f"there is no kernel.py in the folder {file.parent}"
-    spec = importlib.util.find_spec(KERNEL)
+    try:
+        spec = importlib.util.find_spec(KERNEL)
+    except ValueError:                    # a module that somebody made without a file
+        spec = None
     if spec is None or not spec.origin or Path(spec.origin).resolve() != file.resolve():
         return f"the module {KERNEL!r} that Python finds is not {file}"
     try:

@@ -1086,6 +1086,15 @@ def test_the_state_stays_as_it_is_while_all_modalities_are_missing(coupling, dty
     assert (after.count == 300).all()            # bfloat16 cannot count beyond 256
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_sample_without_any_real_step_has_a_finite_output(dtype):
+    model, xs = model_and_input(coupling="learned")
+    mask = draw_mask(xs, 0)
+    mask[:, 1] = False
+    out = model.to(dtype)([x.to(dtype) for x in xs], mask)
+    assert out.isfinite().all()
+
+
 def test_extreme_logits_leave_finite_weights():
     model, xs = model_and_input(coupling="learned")
     model.modality_logits.data[0] = 2000
@@ -1227,8 +1236,8 @@ def no_steps(xs, mask):
     (a_dict, "xs is a dict, expected a list of 3 tensors"),
     (numpy_streams, "xs holds a ndarray"),
     (too_few_streams, "expected a list of 3 tensors"),
-    (other_lengths, "one b and one l"), (wrong_order, "with the widths .5, 3, 4."),
-    (no_steps, "none of length 0")])
+    (other_lengths, "and the same b and l"), (wrong_order, "with the widths .5, 3, 4."),
+    (no_steps, "none of them 0")])
 def test_a_mistake_in_the_input_of_the_model_gets_a_sentence(mistake, message):
     model, xs = model_and_input()
     xs, mask = mistake(xs, draw_mask(xs, 0))
@@ -1240,10 +1249,11 @@ def test_a_mistake_in_the_input_of_the_model_gets_a_sentence(mistake, message):
 def test_a_wrong_state_gets_a_sentence():
     model, xs = model_and_input()
     other, _ = model_and_input(m=2)
+    not_coupled, _ = model_and_input(coupling="none")
     frame = [x[:, 0] for x in xs]
     with pytest.raises(ValueError, match=r"state is a NoneType.*model.init_state\(2\)"):
         model.step(frame, None)
-    for state in (model.init_state(3), other.init_state(2)):
+    for state in (model.init_state(3), other.init_state(2), not_coupled.init_state(2)):
         with pytest.raises(ValueError, match="state is of another model or of another"):
             model.advance(xs, state)
     with pytest.raises(ValueError, match=r"expected a list of 3 tensors \(b, width\)"):
@@ -1259,6 +1269,12 @@ def test_a_checkpoint_is_rebuilt_from_its_config(tmp_path):
     again.load_state_dict(saved["weights"])
     assert torch.equal(again(xs), model(xs))
     assert again.config == model.config
+
+
+def test_sizes_from_numpy_do_not_spoil_a_checkpoint(tmp_path):
+    model = CoupledMamba([np.int64(3), 4], d_model=np.int64(8), n_layers=1, d_state=4)
+    torch.save(model.config, tmp_path / "a.pt")
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["d_inputs"] == (3, 4)
 
 
 def test_the_representation_shows_the_coupling():

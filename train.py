@@ -41,8 +41,9 @@ from torch import nn
 import data
 from coupled_mamba import MODES, CoupledMamba, StackedLinear, zero_absent
 
-# The settings of a run are the union of these presets, of which a later one wins: ours,
-# the paper's, the batch size of the dataset, STAND_IN on synthetic data, the user's.
+# The settings of a run are the union of these presets, of which a later one wins: OURS,
+# PAPER, the batch size of the dataset, then STAND_IN (training on synthetic data) or
+# BENCHMARK, and last what the user gives.
 OURS = dict(
     task=None, length=None, tokens=None, missing_rate=0.0, drop=[], fusion="coupled",
     coupling="mean", no_mix=False, pooling="max", optimizer="adamw", stream_dropout=0.0,
@@ -90,7 +91,7 @@ def two_classes(true, pred):
 
 
 def regression_metrics(pred, true, scale):
-    """The metrics of MMSA for labels in [-scale, scale].
+    """The metrics of MMSA for labels in [-scale, scale], rounded and clipped as there.
 
     scale is 3 for mosi and mosei, and 1 for sims and simsv2.
     """
@@ -254,6 +255,10 @@ class OneMamba(nn.Module):
 class CrossAttention(CoupledMamba):
     """Table 8: each modality attends to all steps of the others. No scan and no Cat."""
 
+    def _check_state(self, state, b):
+        raise ValueError("cross attention has no state, because it reads the whole "
+                         "sequence: call the model and not advance or step")
+
     def __init__(self, d_inputs, d_output, *, mix=False, **options):
         super().__init__(d_inputs, d_output, mix=False, **options)
         self.blocks = nn.ModuleList(
@@ -348,14 +353,14 @@ def make_model(config, d_inputs, d_output):
 def parameter_groups(model, weight_decay):
     """Weights of maps decay. A_log, D, biases, norms and logits do not."""
     decayed = []
-    kept = []
+    not_decayed = []
     for name, parameter in model.named_parameters():
         if name.endswith("weight") and "norm" not in name:
             decayed.append(parameter)
         else:
-            kept.append(parameter)
+            not_decayed.append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay},
-            {"params": kept, "weight_decay": 0.0}]
+            {"params": not_decayed, "weight_decay": 0.0}]
 
 
 def make_optimizer(model, config):
@@ -427,7 +432,8 @@ def predict(model, split, config, device, drop=()):
 def draw_epoch(run, seed, epoch):
     """The order of the training samples in this epoch, and their mask.
 
-    These and dropout depend on seed and epoch only: --resume repeats them exactly.
+    They depend on seed and epoch only, dropout on the process, too: so --resume repeats
+    them exactly.
     """
     rng = np.random.default_rng((seed, epoch))
     torch.manual_seed((seed * 10 ** 5 + epoch) * run.world + run.rank)  # for dropout
@@ -537,15 +543,16 @@ def evaluate(run, seed, training):
     best = training.best
     training.model.load_state_dict(best["weights"])
     results = {"seed": seed, "epoch": best["epoch"]}
-    for name in ("valid", "test"):
-        split = run.dataset.splits[name]
-        prediction = predict(training.model, split, config, run.device)
-        results[name] = measure(prediction, split.y, spec)
+    valid, test = run.dataset.splits["valid"], run.dataset.splits["test"]
+    results["valid"] = measure(predict(training.model, valid, config, run.device),
+                               valid.y, spec)
+    prediction = predict(training.model, test, config, run.device)
+    results["test"] = measure(prediction, test.y, spec)
     run.say(f"seed {seed}  test at epoch {best['epoch']}: {show(results['test'])}")
     if config["drop"]:
         drop = [spec.modalities.index(name) for name in config["drop"]]
-        dropped = predict(training.model, split, config, run.device, drop)
-        results["test_dropped"] = measure(dropped, split.y, spec)
+        dropped = predict(training.model, test, config, run.device, drop)
+        results["test_dropped"] = measure(dropped, test.y, spec)
         run.say(f"seed {seed}  test without {', '.join(config['drop'])}: "
                 f"{show(results['test_dropped'])}")
 
@@ -553,7 +560,7 @@ def evaluate(run, seed, training):
     synthetic = run.dataset.synthetic
     saved = {**best, "config": config, "d_inputs": d_inputs, "d_output": d_output,
              "versions": environment(run.device), "synthetic": synthetic}
-    arrays = {"prediction": prediction, "target": split.y, "synthetic": synthetic}
+    arrays = {"prediction": prediction, "target": test.y, "synthetic": synthetic}
     if run.rank == 0:
         write_whole(run.out / f"seed{seed}.npz", lambda file: np.savez(file, **arrays))
         write_whole(run.out / f"seed{seed}.pt", lambda file: torch.save(saved, file))
@@ -623,7 +630,7 @@ def diverged(training):
         return False
     last = training.log[-1]
     metric = last["valid"].get("loss", last["valid"].get("MAE"))
-    return not math.isfinite(last["loss"] + metric)
+    return not (math.isfinite(last["loss"]) and math.isfinite(metric))
 
 
 def out_of_patience(training, config):
@@ -722,6 +729,7 @@ def read_seeds(path, config, resume):
         report = json.loads(path.read_text())
         theirs = dict(report["config"])
         seeds = report["seeds"]
+        theirs["seeds"] = int(theirs["seeds"])
         statistics_of(seeds)
         if len({int(result["seed"]) for result in seeds}) != len(seeds):
             raise ValueError("a seed occurs twice")
@@ -729,7 +737,7 @@ def read_seeds(path, config, resume):
         raise data.DataError(
             f"{path} is no result of this program: give another --out") from None
     if not resume:  # the same run is repeated, with any number of seeds
-        config = config | {"seeds": theirs.get("seeds")}
+        config = config | {"seeds": theirs["seeds"]}
     check_same_run(path, theirs, config)
     return seeds
 
@@ -798,13 +806,14 @@ def benchmark(config, lengths):
     cases = ["inference", "training step"]
     if config["fusion"] == "attention":
         cases = [f"{case}, {how}" for case in cases for how in ("explicit", "fused")]
-    elif config["fusion"] in ("coupled", "mamba"):
+    elif config["fusion"] in ("coupled", "mamba") and not config["compile"]:
         cases.insert(1, f"inference in pieces of {PIECE}")
     print(f"{hardware(device)}, torch {torch.__version__}\n"
           f"--fusion {config['fusion']}, batches of {config['batch_size']}, synthetic: "
           f"random numbers in the widths of {config['dataset']}\n"
           "seconds: the median of several; on a CPU, the sum over its threads\n"
-          "MB: the most memory in use except model and inputs; -: out of memory\n"
+          "MB: the most memory in use except model, optimiser and inputs\n"
+          "-: out of memory, or the process died\n"
           f"length  {'case':26} {'seconds':>10} {'MB':>10}")
     for length in lengths:
         for case in cases:
@@ -917,8 +926,11 @@ def number(kind, low, below=math.inf):
             name = "number"
             if kind is int:
                 name = "whole number"
+            limits = f"of at least {low}"
+            if below < math.inf:
+                limits += f" and below {below}"
             raise argparse.ArgumentTypeError(
-                f"got {text!r}, expected a {name} of at least {low} and below {below}")
+                f"got {text!r}, expected a {name} {limits}")
         return value
     return convert
 
@@ -1082,6 +1094,8 @@ def begin(given, rank, world):
     path = given.get("data")
     if path is None and data.default_path(name).exists():
         path = data.default_path(name)
+    if world > 1 and torch.cuda.is_available() and given.get("device") != "cpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     config = make_config(given, {} if path else STAND_IN)
     options = {"length": config["length"], "task": config["task"],
                "tokens": config["tokens"] or data.TOKENS}
@@ -1107,8 +1121,7 @@ def begin(given, rank, world):
     device = torch.device(config["device"])
     if world > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+            device = torch.device("cuda", torch.cuda.current_device())
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Run(config, dataset, out, device, rank, world)
 
@@ -1127,13 +1140,13 @@ def introduce(run, given):
     config = run.config
     if run.dataset.synthetic:
         name = run.dataset.name
-        smaller = [f"{k}={v}" for k, v in STAND_IN.items() if k not in given]
+        changed = [f"{k}={v}" for k, v in STAND_IN.items() if k not in given]
         sizes = "/".join(str(len(split.y)) for split in run.dataset.splits.values())
         run.say(f"There are no data at {data.default_path(name)}. "
                 f"{data.how_to_get(name)} "
                 "This run uses a synthetic stand-in of the same shapes.")
-        run.say(f"To be quick it has {sizes} samples and these settings instead of the "
-                f"paper's: {' '.join(smaller)}")
+        run.say(f"So that it is quick, it has {sizes} samples and these settings "
+                f"instead of the paper's: {' '.join(changed)}")
     run.say("config: " + "  ".join(f"{k}={v}" for k, v in config.items()))
     for name, split in run.dataset.splits.items():
         shapes = "  ".join(f"{x.shape[1]}x{x.shape[2]}" for x in split.xs)
@@ -1158,8 +1171,11 @@ def start(given, rank, world):
     """What the options ask for: the benchmark, or training."""
     if "benchmark" in given:
         config = make_config(given, BENCHMARK)
-        if world > 1 or not (config["device"] == "cuda" or sys.platform == "linux"):
-            raise data.DataError("--benchmark needs one process, and Linux or a GPU")
+        if world > 1:
+            raise data.DataError(f"--benchmark got {world} processes, expected one")
+        if config["device"] != "cuda" and sys.platform != "linux":
+            raise data.DataError("--benchmark measures memory on Linux or on an NVIDIA "
+                                 f"GPU, and this is {sys.platform}")
         benchmark(config, given.get("lengths", LENGTHS))
         return
     run = begin(given, rank, world)
@@ -1188,7 +1204,7 @@ def main(argv=None):
             raise
         rank = 0  # print it, whichever process it was
         message = ("train.py: error: out of memory: try a smaller --batch-size, "
-                   "--d-model or --length")
+                   "--d-model, --length or --tokens")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
