@@ -1792,7 +1792,7 @@ def test_the_stand_in_is_the_same_for_the_same_seed():
 
 @pytest.mark.parametrize("name", ["sims", "mmimdb"])
 def test_streams_of_the_stand_in_have_eight_directions_the_same_in_every_split(name):
-    splits = data.synthetic(name, samples=(60, 40, 40)).splits
+    splits = data.synthetic(name, samples=(30, 20, 20)).splits
     for i, x in enumerate(splits["train"].xs):
         directions = main_directions(x)
         for split in splits.values():
@@ -1804,7 +1804,7 @@ def test_streams_of_the_stand_in_have_eight_directions_the_same_in_every_split(n
 def main_directions(x):
     """(width, 8): the directions in which the features of a stream vary most."""
     frames = x.reshape(-1, x.shape[2])[:1500]
-    return np.linalg.svd(frames, full_matrices=False)[2][:8].T
+    return np.linalg.eigh(frames.T @ frames)[1][:, :-9:-1]
 
 
 def correlations(predictions, labels):
@@ -2884,7 +2884,8 @@ def test_the_snippets_of_the_readme_need_torch_and_one_file(snippet, tmp_path):
     subprocess.run(command, cwd=tmp_path, check=True)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if "train.py" in c and "--help" not in c])
 def test_the_training_commands_of_the_readme_run(command, folder, capsys):
     """With the smallest settings; the files that they name are made here."""
     write(folder / "a", mogonet)
