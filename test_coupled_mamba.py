@@ -2873,6 +2873,7 @@ INDENTED = re.findall(r"(?m)^    (\S(?:[^\\\n]|\\\n)*)", README)
 COMMANDS = [c for c in INDENTED if "python" in c or "torchrun" in c]
 COMMANDS = [c.replace("\\\n", " ") for c in COMMANDS]
 COMMANDS += re.findall(r"`(python train.py[^`]*)`", README)
+COMMANDS = list(dict.fromkeys(COMMANDS))          # each once
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -2886,7 +2887,7 @@ def test_the_snippets_of_the_readme_need_torch_and_one_file(snippet, tmp_path):
 
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if "train.py" in c and "--help" not in c])
-def test_the_training_commands_of_the_readme_run(command, folder, capsys):
+def test_the_training_commands_of_the_readme_run(command, folder, in_this_process):
     """With the smallest settings; the files that they name are made here."""
     write(folder / "a", mogonet)
     words = shlex.split(command.split("&&")[-1])
