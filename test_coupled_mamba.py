@@ -2348,7 +2348,7 @@ def test_test_is_predicted_with_the_best_weights_and_not_the_last(run):
     results = train.evaluate(run, 0, training)
     saved = torch.load(run.out / "seed0.pt", weights_only=True)
     assert_close(saved["weights"], best, 0)
-    model = train.make_model(saved["config"], saved["d_inputs"], saved["d_output"])
+    model = CoupledMamba(**saved["model"])
     model.load_state_dict(best)
     test = run.dataset.splits["test"]
     out = train.predict(model, test, run.config, run.device)
@@ -2536,11 +2536,25 @@ def test_every_fusion_runs_on_every_stand_in_in_every_task(name, task, folder, c
     assert all(line.startswith("synthetic | ") for line in lines)
 
 
+@pytest.mark.parametrize("fusion, kind", [
+    ("coupled", CoupledMamba), ("mamba", CoupledMamba), ("average", train.OneMamba),
+    ("concat", train.OneMamba), ("attention", train.CrossAttention)])
+def test_the_saved_weights_of_a_seed_become_a_model_again(fusion, kind, folder):
+    options = ["--epochs", "1", "--fusion", fusion, "--out", "o"]
+    assert train.main([*RUN, "1", *options]) == 0
+    saved = torch.load("o/seed0.pt", weights_only=True)
+    model = kind(**saved["model"])
+    model.load_state_dict(saved["weights"])
+    test = data.load("mosi", "a.pkl").splits["test"]
+    out = train.predict(model, test, saved["config"], torch.device("cpu"))
+    assert_close(np.load("o/seed0.npz")["prediction"], out, 1e-6)
+
+
 def test_drop_adds_the_metrics_of_test_without_the_modalities(folder):
     assert train.main([*RUN, "2", "--out", "o", "--drop", "text", "audio"]) == 0
     report = results("o")
     saved = torch.load("o/seed0.pt", weights_only=True)
-    model = train.make_model(saved["config"], saved["d_inputs"], saved["d_output"])
+    model = CoupledMamba(**saved["model"])
     model.load_state_dict(saved["weights"])
     test = data.load("mosi", "a.pkl").splits["test"]
     out = train.predict(model, test, saved["config"], torch.device("cpu"), [0, 1])

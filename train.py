@@ -223,6 +223,8 @@ class OneMamba(nn.Module):
 
     def __init__(self, d_inputs, d_output, *, concat, d_model, **options):
         super().__init__()
+        self.config = dict(d_inputs=d_inputs, d_output=d_output, concat=concat,
+                           d_model=d_model, **options)
         self.concat = concat
         self.encoders = nn.ModuleList(nn.Linear(width, d_model) for width in d_inputs)
         width = d_model
@@ -556,9 +558,8 @@ def evaluate(run, seed, training):
         run.say(f"seed {seed}  test without {', '.join(config['drop'])}: "
                 f"{show(results['test_dropped'])}")
 
-    d_inputs, d_output = widths(run)
     synthetic = run.dataset.synthetic
-    saved = {**best, "config": config, "d_inputs": d_inputs, "d_output": d_output,
+    saved = {**best, "model": training.model.config, "config": config,
              "versions": environment(run.device), "synthetic": synthetic}
     arrays = {"prediction": prediction, "target": test.y, "synthetic": synthetic}
     if run.rank == 0:
