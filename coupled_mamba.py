@@ -712,12 +712,13 @@ def check_config(config):
         raise ValueError(f"d_inputs is {d_inputs!r}, expected the feature widths of "
                          "the streams in a list or tuple, such as (768, 33, 709)")
     choices = {"coupling": ("mean", "learned", "sum", "none"),
+               "mix": (True, False),
                "pooling": ("max", "mean", "last"),
                "mode": ("auto", *MODES)}
     for name, allowed in choices.items():
         if config[name] not in allowed:
             raise ValueError(f"{name} is {config[name]!r}, expected one of "
-                             f"{', '.join(allowed)}")
+                             f"{', '.join(map(str, allowed))}")
 
     sizes = {f"d_inputs[{i}]": width for i, width in enumerate(d_inputs)}
     for name in ("d_output", "d_model", "n_layers", "d_state", "expand", "d_conv"):

@@ -346,9 +346,6 @@ def make_model(config, d_inputs, d_output):
         return OneMamba(d_inputs, d_output, concat=fusion == "concat", **options)
     if fusion == "attention":
         return CrossAttention(d_inputs, d_output, **options)
-    if fusion == "mamba":  # one Mamba per modality, results weighted at the end
-        options["coupling"] = "none"
-        options["mix"] = False
     return CoupledMamba(d_inputs, d_output, **options)
 
 
@@ -1059,6 +1056,8 @@ def make_config(given, preset):
     if config["fusion"] != "coupled" and ("coupling" in given or config["no_mix"]):
         raise data.DataError("--coupling and --no-mix are only for --fusion coupled: "
                              f"{config['fusion']} has neither coupling nor Cat")
+    if config["fusion"] == "mamba":  # Mambas that are joined in the head only
+        config |= {"coupling": "none", "no_mix": True}
     config["device"] = pick_device(config["device"])
     check_mode(config)
     return config
@@ -1111,7 +1110,7 @@ def begin(given, rank, world):
         config["length"] = steps
     else:
         config["tokens"] = steps
-    config |= {"processes": world, "data": fingerprint(dataset)}
+    config |= {"processes": world, "checksum": fingerprint(dataset)}
 
     out = given.get("out", Path("runs") / f"{name}-{config['fusion']}")
     try:
