@@ -54,7 +54,7 @@ PAPER = dict(
 BATCH_SIZE = dict(  # the paper names the first three
     mosei=1024, sims=128, simsv2=256, mosi=128, brca=64, rosmap=32, mmimdb=512)
 STAND_IN = dict(
-    d_model=32, layers=1, d_state=16, pooling="mean", epochs=16, lr=5e-3, seeds=1,
+    d_model=32, layers=1, d_state=16, pooling="mean", epochs=12, lr=3e-3, seeds=1,
     batch_size=32)
 STAND_IN_SAMPLES = (1368, 456, 457)  # train, valid and test have at most so many
 BENCHMARK = dict(batch_size=16)
