@@ -2752,7 +2752,7 @@ def test_a_run_on_the_stand_in_says_what_is_shrunk_where_results_go_and_what_nex
     assert train.main(argv) == 0
     out = capsys.readouterr().out
     assert "There are no data at data/sims" in out and "12/6/6 samples" in out
-    assert re.search("instead of the paper's: .*lr=[0-9.]+ seeds=1\n", out)
+    assert re.search("that it is learned quickly: .*lr=[0-9.]+ seeds=1\n", out)
     assert "Results go to runs/sims-coupled" in out and "--fusion mamba" in out
     assert train.main([*argv, "--fusion", "mamba"]) == 0
     assert "the same with --fusion mamba" not in capsys.readouterr().out

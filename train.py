@@ -56,7 +56,7 @@ BATCH_SIZE = dict(  # the paper names the first three
 STAND_IN = dict(
     d_model=32, layers=1, d_state=16, pooling="mean", epochs=12, lr=3e-3, seeds=1,
     batch_size=32)
-STAND_IN_SAMPLES = (1368, 456, 457)  # train, valid and test have at most so many
+STAND_IN_SAMPLES = (1368, 456, 457)  # in train, valid and test, as in sims
 BENCHMARK = dict(batch_size=16)
 LENGTHS = (100, 200, 300, 400, 500)  # those of Figures 3 and 4
 
@@ -982,7 +982,8 @@ def parse(argv=None):
            choices=["coupled", "mamba", "average", "concat", "attention"])
     option(g, "--coupling", "The weights of the chains in the state that all of them "
            "read. mean: equal weights that sum to one. learned: a softmax of learned "
-           "numbers. sum: all one as in Eq. 6, which diverges. none: no coupling.",
+           "numbers. sum: all one as in Eq. 6; the state then grows without limit. "
+           "none: no coupling.",
            choices=["mean", "learned", "sum", "none"])
     option(g, "--no-mix", "Leave out the Cat of Figure 1, in which the modalities are "
            "mixed between two blocks.", "off", **FLAG)
@@ -1102,8 +1103,7 @@ def begin(given, rank, world):
     if path:
         dataset = data.load(name, path, **options)
     else:
-        samples = np.minimum(spec.samples, STAND_IN_SAMPLES).tolist()
-        dataset = data.synthetic(name, samples=samples, **options)
+        dataset = data.synthetic(name, samples=STAND_IN_SAMPLES, **options)
     data.with_missing(dataset, config["missing_rate"])
     steps = dataset.splits["train"].xs[0].shape[1]
     if spec.layout == "mmsa":
@@ -1145,8 +1145,8 @@ def introduce(run, given):
         run.say(f"There are no data at {data.default_path(name)}. "
                 f"{data.how_to_get(name)} "
                 "This run uses a synthetic stand-in of the same shapes.")
-        run.say(f"So that it is quick, it has {sizes} samples and these settings "
-                f"instead of the paper's: {' '.join(changed)}")
+        run.say(f"It has {sizes} samples and these settings instead of the paper's, "
+                f"so that it is learned quickly: {' '.join(changed)}")
     run.say("config: " + "  ".join(f"{k}={v}" for k, v in config.items()))
     for name, split in run.dataset.splits.items():
         shapes = "  ".join(f"{x.shape[1]}x{x.shape[2]}" for x in split.xs)
