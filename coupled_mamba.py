@@ -259,7 +259,7 @@ def complete_arguments(x, delta, A, B, C, D, w, H0, mode):
             w = w[:, None, None].expand(m, b, l)
 
     arguments = [x, delta, A, B, C, D, w]
-    if mode != "kernel":                 # the kernel converts the numbers that it loads
+    if mode != "kernel":                 # kernel.py converts them in one operation
         arguments = [v.to(dtype) for v in arguments]
     return *arguments, H0.to(dtype)
 
@@ -281,7 +281,9 @@ def check_arguments(x, delta, A, B, C, D, w, H0, mode):
             del given[name]
     for name, v in given.items():
         if not isinstance(v, torch.Tensor) or not v.is_floating_point():
-            kind = getattr(v, "dtype", type(v).__name__)
+            kind = type(v).__name__
+            if isinstance(v, torch.Tensor):
+                kind = f"a tensor of {v.dtype}"
             raise ValueError(f"{name} is {kind}, expected a tensor of floating-point "
                              "numbers: convert it with torch.as_tensor and .float()")
     if x.dim() != 4 or A.dim() != 3 or 0 in x.shape or 0 in A.shape:
@@ -659,13 +661,15 @@ class CoupledMamba(nn.Module):
             raise ValueError(f"xs is a {type(xs).__name__}, expected {expected}")
         for x in xs:
             if not isinstance(x, torch.Tensor):
-                raise ValueError(f"xs holds a {type(x).__name__}, expected {expected}")
+                raise ValueError(f"xs holds a {type(x).__name__}, expected {expected}: "
+                                 "convert an array with torch.as_tensor; for a stream "
+                                 "that is absent give zeros and a mask")
         shapes = [tuple(x.shape) for x in xs]
         leading = shapes[0][:-1] if shapes else ()
         fits = shapes == [(*leading, width) for width in widths]
         if not fits or len(leading) != len(axes) or 0 in leading:
             raise ValueError(f"xs has the shapes {shapes}, expected {expected}, none "
-                             "of them 0: resample streams that have other lengths")
+                             "of them 0: resample or pad streams of other lengths")
 
         dtype = self.modality_logits.dtype
         narrow = (torch.float32, torch.float16, torch.bfloat16)
@@ -680,7 +684,7 @@ class CoupledMamba(nn.Module):
             return
         if not isinstance(mask, torch.Tensor):
             raise ValueError(f"mask is a {type(mask).__name__}, expected a bool tensor "
-                             f"of shape {shape}: convert it with torch.as_tensor")
+                             f"of shape {shape}: make it with torch.stack")
         if mask.dtype != torch.bool or mask.shape != shape:
             raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}, "
                              f"expected torch.bool of shape {shape}, True where real")

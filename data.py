@@ -43,7 +43,7 @@ BLOCK_ELEMENTS = 1 << 22    # worked on at once: some 100 MB of float64 and its 
 
 
 class Spec(NamedTuple):
-    """What is published under a name. The stand-in copies these sizes."""
+    """What is published under a name."""
     layout: str         # how it is stored: "mmsa", "mogonet" or "mmimdb"
     file: str
     modalities: tuple
@@ -646,11 +646,11 @@ WHITE_NOISE = 0.05      # of each feature
 
 
 # The second modality shows pairs of opposite signs, 1 and -1, in random order, each for
-# some frames. Some frames after most of them, the first modality replies with a sign of
-# its own, a fair coin, and the third one shows that it does. Only the product of a sign
-# and its reply counts. No stream alone tells whether a product is positive. All signs
-# of a sample sum to zero, so their sum, multiplied with that of the replies, does not
-# tell either: a model must know the last sign when a reply comes.
+# some frames. A few frames after some of them, the first modality replies with a sign
+# of its own, a fair coin, and the third one shows that it does. Only the product of a
+# sign and its reply counts. No stream alone tells whether a product is positive. All
+# signs of a sample sum to zero, so their sum, multiplied with that of the replies, does
+# not tell either: a model must know the last sign when a reply comes.
 #
 # Like real features, those of a stream have few directions: LATENT numbers per frame,
 # signs and noise, are mapped to the features by a random matrix, the same in every

@@ -285,7 +285,7 @@ def test_modes_agree_at_the_edges_of_chunks_as_shipped(l, masked, mode, shipped_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mode", ["recurrence", "scan", KERNEL])
+@pytest.mark.parametrize("mode", ["recurrence", "convolution", "scan", KERNEL])
 def test_narrow_inputs_have_a_float32_state_and_their_own_dtype_out(mode, dtype):
     p = problem(l=2 * CHUNK + 1, dtype=dtype, masked=dtype == torch.float32)
     expected = outcome({name: v.double() for name, v in p.items()}, "recurrence")
@@ -410,7 +410,8 @@ def test_scan_never_has_the_states_of_the_whole_sequence_in_memory(shipped_chunk
     ("w", [1, 1, 1], "w is list, expected a tensor"),
     ("H0", torch.ones(3, 2, 4, 3), "H0 has shape"),
     ("D", torch.ones(4), "D has shape"),
-    ("x", torch.ones(3, 2, 11, 4, dtype=torch.int64), "x is torch.int64"),
+    ("x", torch.ones(3, 2, 11, 4, dtype=torch.int64), "x is a tensor of torch.int64"),
+    ("x", np.ones((3, 2, 11, 4)), "x is ndarray, expected a tensor of floating"),
     ("x", torch.ones(3, 2, 0, 4), "no axis of length 0"),
     ("A", torch.ones(3, 4), "A "),
     ("B", torch.ones(3, 2, 11, 3, device="meta"), "B is on meta and x on cpu"),
@@ -2275,6 +2276,20 @@ def test_adamw_shrinks_the_maps_by_lr_times_decay_and_nothing_else(run):
         assert_close(p, expected, 1e-6)
 
 
+@pytest.mark.parametrize("name, low, high", [("adam", 0, 0.8), ("adamw", 0.98, 1.02)])
+def test_adam_shrinks_maps_that_get_small_gradients_and_adamw_does_not(
+        name, low, high, run):
+    """Adam divides the decay's gradient by the same running size as the loss's."""
+    options = dict(optimizer=name, weight_decay=5e-4, lr=1e-3)
+    training = train.set_up(with_options(run, **options), 0)
+    weight = training.model.blocks[0].in_proj.weight
+    size = weight.norm()
+    for _ in range(129):
+        weight.grad = 1e-5 * torch.randn_like(weight)
+        training.optimizer.step()
+    assert low <= weight.norm() / size < high
+
+
 def test_the_learning_rate_is_halved_after_every_50_epochs(run, monkeypatch):
     used = []
     step = torch.optim.AdamW.step
@@ -2752,10 +2767,12 @@ def test_a_run_on_the_stand_in_says_what_is_shrunk_where_results_go_and_what_nex
     assert train.main(argv) == 0
     out = capsys.readouterr().out
     assert "There are no data at data/sims" in out and "12/6/6 samples" in out
-    assert re.search("that it is learned quickly: .*lr=[0-9.]+ seeds=1\n", out)
+    assert re.search("instead of the paper's: .*lr=[0-9.]+ seeds=1\n", out)
     assert "Results go to runs/sims-coupled" in out and "--fusion mamba" in out
     assert train.main([*argv, "--fusion", "mamba"]) == 0
-    assert "the same with --fusion mamba" not in capsys.readouterr().out
+    assert "what the coupling adds" not in capsys.readouterr().out
+    assert train.main([*argv, "--layers", "2", "--out", "a"]) == 0
+    assert "with --coupling none and another --out" in capsys.readouterr().out
 
 
 def test_help_explains_every_option_with_its_default(capsys):

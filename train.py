@@ -2,7 +2,7 @@
 
   python train.py --dataset sims                   train on a stand-in, no data needed
   python train.py --dataset sims --fusion mamba    the same network without the coupling
-  python train.py --dataset mosi --data FILE       the paper's settings, 5 seeds
+  python train.py --dataset mosi --data FILE       real data, 5 seeds
   python train.py --dataset sims --benchmark       time and memory over lengths
   torchrun --nproc_per_node=2 train.py --dataset sims --out runs/two   2 GPUs or CPUs
 
@@ -1145,8 +1145,8 @@ def introduce(run, given):
         run.say(f"There are no data at {data.default_path(name)}. "
                 f"{data.how_to_get(name)} "
                 "This run uses a synthetic stand-in of the same shapes.")
-        run.say(f"It has {sizes} samples and these settings instead of the paper's, "
-                f"so that it is learned quickly: {' '.join(changed)}")
+        run.say(f"It has {sizes} samples and, to be learned quickly, these settings "
+                f"instead of the paper's: {' '.join(changed)}")
     run.say("config: " + "  ".join(f"{k}={v}" for k, v in config.items()))
     for name, split in run.dataset.splits.items():
         shapes = "  ".join(f"{x.shape[1]}x{x.shape[2]}" for x in split.xs)
@@ -1157,8 +1157,11 @@ def introduce(run, given):
     run.say(f"{size:,} parameters, device {hardware(run.device)}, "
             f"processes {run.world}, mode {config['mode']}")
     run.say(f"Results go to {run.out}.")
-    if config["fusion"] == "coupled":
-        run.say("To see what the coupling adds, run the same with --fusion mamba.")
+    if config["fusion"] == "coupled" and config["coupling"] != "none":
+        other = "--coupling none and another --out"
+        if config["layers"] == 1 and "coupling" not in given and not config["no_mix"]:
+            other = "--fusion mamba"  # one block has no Cat that this would take away
+        run.say(f"To see what the coupling adds, run the same with {other}.")
 
 
 def is_out_of_memory(error):
