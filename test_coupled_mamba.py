@@ -1851,19 +1851,36 @@ def test_no_product_of_sums_over_time_tells_the_label(i, j, pooled):
     assert correlations(products, labels) < 0.2
 
 
+def ridge_regression(train, new, ridge):
+    """The label columns of the split `new`, by ridge regression on all features.
+
+    ridge: the penalty, as a multiple of the mean squared length of a sample.
+    """
+    x, x_new = ([x.reshape(len(x), -1) for x in split.xs] for split in (train, new))
+    gram = sum(a @ a.T for a in x)                              # (N, N)
+    cross = sum(b @ a.T for a, b in zip(x, x_new))
+    y = label_columns(train)
+    penalty = ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
+    return y.mean(0) + cross @ np.linalg.solve(gram + penalty, y - y.mean(0))
+
+
 @pytest.mark.parametrize("name, task", HIDDEN)
 def test_no_ridge_regression_on_all_features_tells_the_label(name, task):
     splits = data.synthetic(name, samples=(400, 600, 5), task=task).splits
-    x, new = ([x.reshape(len(x), -1) for x in splits[s].xs] for s in ("train", "valid"))
-    gram = sum(a @ a.T for a in x)                              # (N, N)
-    cross = sum(b @ a.T for a, b in zip(x, new))
-    y, labels = label_columns(splits["train"]), label_columns(splits["valid"])
+    labels = label_columns(splits["valid"])
     for ridge in (1e-4, 1e-2, 1, 100):
-        strength = ridge * np.trace(gram) / len(gram)
-        weights = np.linalg.solve(gram + strength * np.eye(len(gram)), y - y.mean(0))
+        predictions = ridge_regression(splits["train"], splits["valid"], ridge)
         for k in range(labels.shape[1]):
-            prediction = cross @ weights[:, k]
-            assert correlations(prediction, labels[:, k:k + 1]) < 0.15
+            assert correlations(predictions[:, k], labels[:, k:k + 1]) < 0.15
+
+
+def test_ridge_regression_finds_a_linear_label():
+    """So that the test above can fail."""
+    splits = data.synthetic("sims", samples=(400, 600, 5)).splits
+    for name, split in splits.items():
+        splits[name] = split._replace(y=split.xs[1][:, 7, 3] + split.xs[2][:, 20, 5])
+    predictions = ridge_regression(splits["train"], splits["valid"], 1e-2)
+    assert correlations(predictions, label_columns(splits["valid"])) > 0.5
 
 
 def test_two_streams_multiplied_a_few_frames_apart_tell_the_label():
