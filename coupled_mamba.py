@@ -684,7 +684,8 @@ class CoupledMamba(nn.Module):
             return
         if not isinstance(mask, torch.Tensor):
             raise ValueError(f"mask is a {type(mask).__name__}, expected a bool tensor "
-                             f"of shape {shape}: make it with torch.stack")
+                             f"of shape {shape}: torch.as_tensor converts an array, "
+                             "torch.stack joins a list of tensors")
         if mask.dtype != torch.bool or mask.shape != shape:
             raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}, "
                              f"expected torch.bool of shape {shape}, True where real")

@@ -1231,12 +1231,12 @@ def no_steps(xs, mask):
 @pytest.mark.parametrize("mistake, message", [
     (as_float, r"xs holds a tensor of torch.float32 and the model is of torch.float64"),
     (as_integers, r"xs holds a tensor of torch.int64.*convert the tensor with .to"),
-    (numpy_mask, "mask is a ndarray, expected a bool tensor of shape .3, 2, 7."),
-    (list_mask, "mask is a list, expected a bool tensor"),
+    (numpy_mask, "mask is a ndarray, expected .* of shape .3, 2, 7.: torch.as_tensor"),
+    (list_mask, "mask is a list, expected a bool tensor.*torch.stack joins"),
     (float_mask, "mask is torch.float64"), (short_mask, "mask is torch.bool of shape"),
     (one_tensor, "xs is a Tensor, expected a list of 3 tensors"),
     (a_dict, "xs is a dict, expected a list of 3 tensors"),
-    (numpy_streams, "xs holds a ndarray"),
+    (numpy_streams, "xs holds a ndarray.*convert an array with torch.as_tensor"),
     (too_few_streams, "expected a list of 3 tensors"),
     (other_lengths, "and the same b and l"), (wrong_order, "with the widths .5, 3, 4."),
     (no_steps, "none of them 0")])
