@@ -45,22 +45,19 @@ The axes always have this order: m modalities, b batch, l time, then the channel
 Reading order: `recurrence` is the definition (Eq. 6). `collapse` is the idea that makes
 it cheap (Eq. 7). `convolution` is the global convolution kernel (Eq. 8). `coupled_scan`
 runs any of them; to scan is to compute a recurrence over time. `Block` is Algorithm 1
-and `CoupledMamba` is Figure 1. There the method ends. The rest of the file computes it
-fast; the mode "kernel" there is a program for GPUs, written in Triton.
+and `CoupledMamba` is Figure 1. There the method ends. The rest computes it fast; the
+mode "kernel" there is a program for GPUs, not the kernel of a convolution.
 """
 import functools
-import importlib
 import importlib.util
 import math
-import numbers
-import sys
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 # ------------------------------------------------------------------- the method
@@ -82,30 +79,20 @@ def discretize(x, delta, A, B):
     return S, V
 
 
-def recurrence(x, delta, A, B, C, D, w, H0):
+def recurrence(x, delta, A, B, C, w, H0):
     """Mode "recurrence": Eq. 6 as written, one step after the other. The reference.
 
-    w (m, b, l) holds one weight per chain, the same for all that read it. Here it may
-    also be a matrix (m, m): row i says how much chain i reads of each chain (Eq. 5).
-    Then every chain reads a sum of its own, so H0 and H_last are (m, b, e, n). Equal
-    rows are the same as one weight per chain; the identity is M independent Mambas.
+    (Eq. 5 has a weight for each pair of chains; in Eq. 6 all chains read one sum H.)
     """
-    if w.dim() == 2:
-        couple = "mk,kben->mben"
-        weights = [w] * x.shape[2]
-    else:
-        couple = "kb,kben->ben"
-        weights = w.unbind(2)
-
     H = H0
     ys = []
-    steps = zip(x.unbind(2), delta.unbind(2), B.unbind(2), C.unbind(2), weights)
+    steps = zip(x.unbind(2), delta.unbind(2), B.unbind(2), C.unbind(2), w.unbind(2))
     for x_t, delta_t, B_t, C_t, w_t in steps:
         S, V = discretize(x_t, delta_t, A, B_t)         # (m, b, e, n)
         h = S * H + V                                   # Eq. 6, the coupled transition
         ys.append(torch.einsum("mben,mbn->mbe", h, C_t))
-        H = torch.einsum(couple, w_t, h)                # what the next step reads
-    return torch.stack(ys, 2) + D[:, None, None] * x, H
+        H = torch.einsum("kb,kben->ben", w_t, h)        # what the next step reads
+    return torch.stack(ys, 2), H
 
 
 def collapse(S, V, w):
@@ -127,45 +114,28 @@ def collapse(S, V, w):
     return P, U
 
 
-def convolution(x, delta, A, B, C, D, w, H0):
+def convolution(x, delta, A, B, C, w, H0):
     """Mode "convolution": Eq. 7 put into itself, down to H0, sums over all past inputs.
 
         H[t] = P[t] ... P[1] H0 + sum_{s <= t} P[t] ... P[s+1] U[s]
 
-    The paper writes the products as powers P^i (Eqs. 8, 21, 22). That is exact where
-    parameters are constant in time: delta (m, b, e), B and C (m, b, n), w (m,). Then an
-    FFT applies the kernel in O(l log l). The model that is trained is selective, so P
-    changes at every step and the kernel is a lower-triangular matrix over (t, s), with
-    O(l^2 e n) of time and memory. Read it to understand Eq. 8; train with `scan`.
-
-    Raises:
-        ValueError: a weight is negative, or all weights of a step are zero.
+    The paper writes the products as powers P^i (Eqs. 8, 21, 22): see `fft_convolution`.
+    In the selective model P changes at every step, so the kernel is a lower-triangular
+    matrix over (t, s), with O(l^2 e n) of time and memory. Read it to understand Eq. 8;
+    train with `scan`. Weights must not be negative.
     """
-    if (w < 0).any() or (w.sum(0) <= 0).any():
-        raise ValueError(
-            "mode='convolution' takes the logarithm of P and got weights w that are "
-            "negative or all zero at a step: use mode='recurrence' or mode='scan'")
-    if delta.dim() == 3:
-        y, H_last = convolve_constant(x, delta, A, B, C, w, H0)
-    else:
-        y, H_last = convolve_selective(x, delta, A, B, C, w, H0)
-    return y + D[:, None, None] * x, H_last
-
-
-def log_of(P):
-    """log P, finite also where P is so small that it was rounded to zero."""
-    return torch.log(P + torch.finfo(P.dtype).tiny ** 0.5)
-
-
-def convolve_selective(x, delta, A, B, C, w, H0):
-    """y without D x, and H_last, by a kernel matrix over (t, s)."""
+    if (w < 0).any():
+        raise ValueError("mode='convolution' takes the logarithm of P and got negative "
+                         "weights w: use mode='recurrence' or mode='scan'")
     l = x.shape[2]
     S, V = discretize(x, delta, A, B)
     P, U = collapse(S, V, w)                                           # (b, l, e, n)
 
     # P[t] ... P[s+1] is exp of a difference of cumulative logarithms, which is <= 0
-    # while the weights sum to one. A quotient of products would soon be 0 / 0.
-    log_P = log_of(P).cumsum(1)
+    # while the weights sum to one. A quotient of products would soon be 0 / 0. Where P
+    # was rounded to 0 its logarithm would be -inf and a difference NaN: so we add a
+    # number far below every P that matters. 1 / tiny would overflow in backward.
+    log_P = torch.log(P + torch.finfo(P.dtype).tiny ** 0.5).cumsum(1)
     exponent = log_P[:, :, None] - log_P[:, None]                      # (b, t, s, e, n)
     causal = torch.ones(l, l, dtype=torch.bool, device=x.device).tril()
     exponent = exponent.masked_fill(~causal[:, :, None, None], -math.inf)
@@ -178,30 +148,26 @@ def convolve_selective(x, delta, A, B, C, w, H0):
     return y, H[:, -1]
 
 
-def convolve_constant(x, delta, A, B, C, w, H0):
-    """y without D x, and H_last, by FFT (Eq. 8), for parameters constant in time."""
+def fft_convolution(x, delta, A, B, C, w):
+    """y (m, b, l, e) by Eq. 8 as the paper has it, with an FFT and from H0 = 0.
+
+    O(l log l). Parameters are constant: delta (m, b, e), B and C (m, b, n), w (m,).
+    """
     l = x.shape[2]
     S, V = discretize(torch.ones_like(delta), delta, A, B)             # V of x = 1
     P, _ = collapse(S, V, w[:, None])                                  # (b, e, n)
-    exponents = torch.arange(l + 1, dtype=P.dtype, device=P.device)
-    powers = torch.exp(log_of(P)[..., None] * exponents)          # (b, e, n, l + 1)
+    powers = P[..., None] ** torch.arange(l - 1, device=P.device)      # P^i
     CS = S * C[:, :, None]
     wV = w[:, None, None, None] * V
 
     # y[m,t] reads x[k,t-1-i] through C_m S_m P^i w_k V_k, and x[m,t] through C_m V_m.
-    kernel = torch.einsum("mben,kben,beni->mkbei", CS, wV, powers[..., :l - 1])
+    kernel = torch.einsum("mben,kben,beni->mkbei", CS, wV, powers)
     kernel = F.pad(kernel, (1, 0))                           # over t - s = 0 ... l - 1
-    x = x.transpose(2, 3)                                              # (m, b, e, l)
     kernel_spectrum = torch.fft.rfft(kernel, 2 * l)              # 2 l: no wrap-around
-    x_spectrum = torch.fft.rfft(x, 2 * l)
+    x_spectrum = torch.fft.rfft(x.transpose(2, 3), 2 * l)
     spectrum = torch.einsum("mkbef,kbef->mbef", kernel_spectrum, x_spectrum)
-    y = torch.fft.irfft(spectrum, 2 * l)[..., :l]
-    y = y + torch.einsum("mben,mbn->mbe", V, C)[..., None] * x
-    y = y + torch.einsum("mben,ben,beni->mbei", CS, H0, powers[..., :l])
-
-    H_last = torch.einsum("kben,bens,kbes->ben", wV, powers[..., :l].flip(-1), x)
-    H_last = H_last + powers[..., l] * H0
-    return y.transpose(2, 3), H_last
+    y = torch.fft.irfft(spectrum, 2 * l)[..., :l].transpose(2, 3)
+    return y + torch.einsum("mben,mbn->mbe", V, C)[:, :, None] * x
 
 
 # ------------------------------------------------------------------- the entry
@@ -211,121 +177,61 @@ def coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None, mode="auto"):
     Args:
         x: (m, b, l, e), the input.
         delta: (m, b, l, e), the step size, > 0. Where it is 0, h[m,t] is H[t-1].
-        A: (m, e, n), < 0.
-        B, C: (m, b, l, n). If delta, B or C is constant in time, the axis l may be left
-            out: delta (m, b, e), B and C (m, b, n).
-        D: (m, e), or None for zero.
-        w: (m,) or (m, b, l), or None for the mean, 1/m each. In mode "recurrence" also
-            (m, m), see there.
+        A: (m, e, n), < 0.  B, C: (m, b, l, n).  D: (m, e), or None for zero.
+        w: (m,) or (m, b, l), or None for the mean, 1/m each.
         H0: (b, e, n), the coupled state before the first step, or None for zero.
         mode: "recurrence", "convolution", "scan" (PyTorch, on any device), "kernel"
             (Triton, on an NVIDIA GPU), all with the same result; or "auto": the kernel
             for tensors on a GPU that can run it, else scan.
     Returns:
-        y (m, b, l, e) in the dtype of x, and H_last (b, e, n). As H0 of the next call,
-        H_last continues the sequence. Both are differentiable in every tensor argument.
-        The state is float32, or float64 if any argument is float64.
+        y (m, b, l, e) in the dtype of x, and H_last (b, e, n), the H0 of the next call.
+        Both are differentiable in every tensor argument. The state is float32, or
+        float64 if any argument is float64.
     Raises:
         ValueError: a shape, dtype, device or mode that does not fit, or a mode that
             cannot run. The message says what was expected.
     """
-    check_arguments(x, delta, A, B, C, D, w, H0, mode)
-    if mode == "auto":
-        mode = choose_mode(x.device, len(x))
-    arguments = complete_arguments(x, delta, A, B, C, D, w, H0, mode)
-    with torch.autocast(x.device.type, enabled=False):
-        y, H_last = MODES[mode](*arguments)
-    return y.to(x.dtype), H_last
-
-
-def complete_arguments(x, delta, A, B, C, D, w, H0, mode):
-    """The arguments as the modes take them: defaults filled in, one value per step."""
+    check_choice("mode", mode, ("auto", *MODES))
+    check("x", x, m=None, b=None, l=None, e=None)
     m, b, l, e = x.shape
-    dtype = state_dtype(*[v for v in (x, delta, A, B, C, D, w, H0) if v is not None])
+    check("A", A, x, m=m, e=e, n=None)
+    n = A.shape[-1]
     if D is None:
         D = x.new_zeros(m, e)
     if w is None:
-        w = x.new_full((m,), 1 / m, dtype=dtype)
+        w = wide(x.new_ones(m)) / m
     if H0 is None:
-        H0 = x.new_zeros(b, e, A.shape[-1], dtype=dtype)
-        if w.dim() == 2:
-            H0 = H0.expand(m, -1, -1, -1)
+        H0 = x.new_zeros(b, e, n)
+    check("delta", delta, x, m=m, b=b, l=l, e=e)
+    check("B", B, x, m=m, b=b, l=l, n=n)
+    check("C", C, x, m=m, b=b, l=l, n=n)
+    check("D", D, x, m=m, e=e)
+    check("H0", H0, x, b=b, e=e, n=n)
+    if isinstance(w, torch.Tensor) and w.shape == (m,):
+        w = w[:, None, None].expand(m, b, l)
+    check("w", w, x, m=m, b=b, l=l)
 
-    constant = delta.dim() == 3 and B.dim() == 3 and C.dim() == 3 and w.dim() == 1
-    if not (constant and mode == "convolution"):
-        delta, B, C = (v if v.dim() == 4 else v[:, :, None].expand(-1, -1, l, -1)
-                       for v in (delta, B, C))
-        if w.dim() == 1:
-            w = w[:, None, None].expand(m, b, l)
-
-    arguments = [x, delta, A, B, C, D, w]
-    if mode != "kernel":                 # kernel.py converts them in one operation
-        arguments = [v.to(dtype) for v in arguments]
-    return *arguments, H0.to(dtype)
-
-
-def state_dtype(*tensors):
-    """float32, or float64 if a tensor is: the errors of rounding the state add up."""
-    if any(v.dtype == torch.float64 for v in tensors):
-        return torch.float64
-    return torch.float32
-
-
-def check_arguments(x, delta, A, B, C, D, w, H0, mode):
-    """Raise ValueError unless the arguments are what `coupled_scan` says."""
-    if mode != "auto" and mode not in MODES:
-        raise ValueError(f"mode is {mode!r}, expected one of auto, {', '.join(MODES)}")
-    given = {"x": x, "A": A, "delta": delta, "B": B, "C": C, "D": D, "w": w, "H0": H0}
-    for name in ("D", "w", "H0"):
-        if given[name] is None:
-            del given[name]
-    for name, v in given.items():
-        if not isinstance(v, torch.Tensor) or not v.is_floating_point():
-            kind = type(v).__name__
-            if isinstance(v, torch.Tensor):
-                kind = f"a tensor of {v.dtype}"
-            raise ValueError(f"{name} is {kind}, expected a tensor of floating-point "
-                             "numbers: convert it with torch.as_tensor and .float()")
-    if x.dim() != 4 or A.dim() != 3 or 0 in x.shape or 0 in A.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)} and A {tuple(A.shape)}, "
-                         "expected (m, b, l, e) and (m, e, n), no axis of length 0")
-
-    m, b, l, e = x.shape
-    n = A.shape[-1]
-    maps = [(m, b, l, n), (m, b, n)]
-    shapes = {"x": [(m, b, l, e)], "A": [(m, e, n)], "delta": [(m, b, l, e), (m, b, e)],
-              "B": maps, "C": maps, "D": [(m, e)], "w": [(m,), (m, b, l)],
-              "H0": [(b, e, n)]}
-    if mode == "recurrence":
-        shapes["w"].append((m, m))
-        if w is not None and w.dim() == 2:
-            shapes["H0"] = [(m, b, e, n)]
-    for name, v in given.items():
-        if tuple(v.shape) not in shapes[name]:
-            expected = " or ".join(map(str, shapes[name]))
-            if name == "w" and v.shape == (m, m):
-                expected += ": weights (m, m) need mode='recurrence'"
-            raise ValueError(f"{name} has shape {tuple(v.shape)}, expected {expected}")
-        if v.device != x.device:
-            raise ValueError(f"{name} is on {v.device} and x on {x.device}: move both "
-                             "to one device with .to()")
+    dtype = torch.float32
+    for v in (x, delta, A, B, C, D, w, H0):
+        dtype = torch.promote_types(dtype, v.dtype)
+    run = run_mode
+    if torch.compiler.is_compiling():    # loops over time would take minutes to trace
+        run = torch.compiler.disable(run_mode)
+    with torch.autocast(x.device.type, enabled=False):
+        y, H_last = run(mode, *[v.to(dtype) for v in (x, delta, A, B, C, w, H0)])
+        y = torch.addcmul(y, D.to(dtype)[:, None, None], x.to(dtype))
+    return y.to(x.dtype), H_last
 
 
 # ------------------------------------------------------------------- the model
-ABSENT = -1e9            # softmax turns it into weight 0, or 1/m if all are so
+ABSENT = -1e9            # softmax turns it into weight 0, or 1/m if all are absent
 
 
-class BlockState(NamedTuple):
-    """What a block remembers between two pieces of a sequence."""
-    conv: torch.Tensor       # (m, b, d_conv - 1, e), the last inputs of the convolution
-    H: torch.Tensor          # (b, e, n), or (m, b, e, n) if nothing is coupled
-
-
-class State(NamedTuple):
-    """What a `CoupledMamba` remembers. Its size does not depend on the time so far."""
-    blocks: list             # of BlockState
-    pooled: torch.Tensor     # (m, b, d), maximum, sum or last of the features so far
-    count: torch.Tensor      # (m, b), number of real steps so far
+def wide(v):
+    """v in float32 or wider: weights in 16 bits do not sum to one, sums in 16 bits stop
+    growing, and ABSENT is -inf in float16.
+    """
+    return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
 def zero_absent(x, mask):
@@ -336,16 +242,6 @@ def zero_absent(x, mask):
     if mask is None:
         return x
     return torch.where(mask[..., None], x, 0)
-
-
-def other_modalities(f):
-    """For each modality those of all others: (m, b, l, d) -> (m, b, l, (m - 1) d)."""
-    m = len(f)
-    rows = []
-    for i in range(m):
-        others = [f[k] for k in range(m) if k != i]
-        rows.append(torch.cat(others, -1))
-    return torch.stack(rows)
 
 
 class StackedLinear(nn.Module):
@@ -365,14 +261,30 @@ class StackedLinear(nn.Module):
 
 
 class Block(nn.Module):
-    """Algorithm 1 for all modalities at once. Each modality has its own parameters."""
+    """Algorithm 1 for all modalities at once; also a layer for your own network.
 
-    def __init__(self, m, d_model, d_state, expand, d_conv, dt_rank, coupling, dropout,
-                 mode):
+    Args:
+        m, d_model: number of modalities, width of their features.
+        d_state, expand, d_conv: n, e / d_model, steps that the convolution reads.
+        dt_rank: rank of the map to delta. None is d_state // 8, the paper's choice.
+        coupling: the weights w of the chains in the state that all of them read.
+            "mean": 1/m. "learned": softmax of logits that start at zero. "sum": 1, as
+            Eq. 6 has it; H then grows like m^l and overflows after some 50 steps.
+            "none": one Mamba for each modality, nothing coupled.
+        dropout: of the output, before the residual.
+        mode: how the scan is computed, see `coupled_scan`.
+    """
+
+    def __init__(self, m, d_model, *, d_state=64, expand=2, d_conv=4, dt_rank=None,
+                 coupling="mean", dropout=0.0, mode="auto"):
         super().__init__()
-        e = expand * d_model
+        check_choice("coupling", coupling, ("mean", "learned", "sum", "none"))
+        check_choice("mode", mode, ("auto", *MODES))
+        if dt_rank is None:
+            dt_rank = max(1, d_state // 8)
         self.coupling = coupling
         self.mode = mode
+        e = expand * d_model
         self.norm_weight = nn.Parameter(torch.ones(m, d_model))
         self.norm_bias = nn.Parameter(torch.zeros(m, d_model))
         self.in_proj = StackedLinear(m, d_model, 2 * e)
@@ -394,41 +306,48 @@ class Block(nn.Module):
             self.coupling_logits = nn.Parameter(torch.zeros(m))
 
     def forward(self, f, mask=None, state=None):
-        """f (m, b, l, d), mask (m, b, l) or None -> f of the same shape, BlockState."""
+        """f (m, b, l, d_model) -> features of the same shape, and the next state.
+
+        mask: (m, b, l) bool, True where a modality has a real step; None: all are real.
+        state: what the call on the steps before returned; None: nothing came before.
+        """
+        m, d = self.norm_weight.shape
+        check("f", f, self.D, self.D.dtype, m=m, b=None, l=None, d=d)
+        if mask is not None:
+            check("mask", mask, f, torch.bool, m=m, b=f.shape[1], l=f.shape[2])
+        start = self.init_state(f.shape[1])
         if state is None:
-            state = self.init_state(f.shape[1])
+            state = start
+        check_state(state, start)
         rank = self.dt_proj.weight.shape[1]
         n = self.A_log.shape[2]
 
-        normed = F.layer_norm(f, f.shape[-1:]) * self.norm_weight[:, None, None]
+        normed = F.layer_norm(f, (d,)) * self.norm_weight[:, None, None]
         normed = normed + self.norm_bias[:, None, None]          # Alg. 1, line 3
         u, z = self.in_proj(normed).chunk(2, -1)              # lines 4, 5: (m, b, l, e)
-        u, conv_state = self.causal_conv(zero_absent(u, mask), state.conv)
+        u, conv = self.causal_conv(zero_absent(u, mask), state["conv"])
         x = F.silu(u)                                            # line 9
         low, B, C = self.x_proj(x).split([rank, n, n], -1)       # lines 10, 11
         delta = self.dt_proj(low) + self.dt_bias[:, None, None]
         delta = F.softplus(delta)                                # line 12
         delta = zero_absent(delta, mask)       # at a missing step S = 1 and V = 0
-        A = -torch.exp(self.A_log.to(state_dtype(self.A_log)))   # (m, e, n)
-        y, H = self.coupled_ssm(x, delta, A, B, C, mask, state.H)     # lines 13-15
+        A = -torch.exp(wide(self.A_log))                         # (m, e, n)
+        y, H = self.coupled_ssm(x, delta, A, B, C, mask, state["H"])   # lines 13-15
         y = zero_absent(y, mask) * F.silu(z)                     # line 19
         f = f + self.dropout(self.out_proj(y))                   # line 21
-        return f, BlockState(conv_state, H)
+        return f, {"conv": conv, "H": H}
 
     def coupled_ssm(self, x, delta, A, B, C, mask, H):
         """y (m, b, l, e) and the last H: (b, e, n), or (m, b, e, n) if not coupled."""
-        mode = self.mode
-        if mode == "auto" and x.shape[2] == 1:
-            mode = "recurrence"                # a loop of one step needs no preparation
         if self.coupling != "none":
             w = self.weights(mask)
-            return coupled_scan(x, delta, A, B, C, self.D, w, H, mode)
+            return coupled_scan(x, delta, A, B, C, self.D, w, H, self.mode)
 
         ys = []
         states = []
         for i in range(len(x)):                # one modality alone is exactly Mamba
             chain = [v[i:i + 1] for v in (x, delta, A, B, C, self.D)]
-            y, H_last = coupled_scan(*chain, H0=H[i], mode=mode)
+            y, H_last = coupled_scan(*chain, H0=H[i], mode=self.mode)
             ys.append(y)
             states.append(H_last)
         return torch.cat(ys), torch.stack(states)
@@ -439,16 +358,14 @@ class Block(nn.Module):
         At each step they are renormalised over the modalities that are present. If all
         are missing, each gets 1/m; H then stays as it is, because S = 1 and V = 0.
         """
-        m = len(self.D)
-        dtype = state_dtype(self.D)
+        logits = wide(self.D).new_zeros(len(self.D))
         if self.coupling == "sum":
             if mask is None:
-                return self.D.new_ones(m, dtype=dtype)
-            return torch.where(mask.any(0), mask.to(dtype), 1 / m)
+                return logits + 1
+            return torch.where(mask.any(0), mask.to(logits.dtype), 1 / len(logits))
 
-        logits = self.D.new_zeros(m, dtype=dtype)
         if self.coupling == "learned":
-            logits = self.coupling_logits.to(dtype)
+            logits = wide(self.coupling_logits)
         if mask is not None:
             logits = torch.where(mask, logits[:, None, None], ABSENT)
         return torch.softmax(logits, 0)
@@ -460,28 +377,24 @@ class Block(nn.Module):
         the result, and what comes before the next piece, in the same shapes.
         """
         l = u.shape[2]
-        taps = self.conv_weight.shape[-1]
         u = torch.cat([last_inputs.to(u.dtype), u], 2)
         out = self.conv_bias[:, None, None]
-        for j in range(taps):
-            tap = self.conv_weight[:, None, None, :, j]              # (m, 1, 1, e)
-            out = torch.addcmul(out, tap, u[:, :, j:j + l])
-        return out, u[:, :, l:].clone()        # a view would keep all of u in memory
+        for j, tap in enumerate(self.conv_weight.unbind(-1)):        # tap (m, e)
+            out = torch.addcmul(out, tap[:, None, None], u[:, :, j:j + l])
+        # A copy, because a view would keep all of u in memory.
+        return out, u[:, :, l:].to(last_inputs.dtype, copy=True)
 
-    def state_shapes(self, b):
-        """The shapes of a BlockState for a batch of b."""
-        m, e, n = self.A_log.shape
-        taps = self.conv_weight.shape[-1]
+    def init_state(self, batch_size):
+        """The state at the start: last inputs of the convolution, and H; all zero."""
+        m, e, taps = self.conv_weight.shape
+        shape = (batch_size, e, self.A_log.shape[2])
         if self.coupling == "none":
-            return BlockState((m, b, taps - 1, e), (m, b, e, n))
-        return BlockState((m, b, taps - 1, e), (b, e, n))
+            shape = (m, *shape)
+        return {"conv": self.D.new_zeros(m, batch_size, taps - 1, e),
+                "H": wide(self.D).new_zeros(shape)}
 
-    def init_state(self, b):
-        """The BlockState before the first step for a batch of b: all zero."""
-        shapes = self.state_shapes(b)
-        conv = self.D.new_zeros(shapes.conv)
-        H = self.D.new_zeros(shapes.H, dtype=state_dtype(self.D))
-        return BlockState(conv, H)
+    def extra_repr(self):
+        return f"coupling={self.coupling!r}, mode={self.mode!r}"
 
 
 class CoupledMamba(nn.Module):
@@ -495,43 +408,37 @@ class CoupledMamba(nn.Module):
     Args:
         d_inputs: the feature width of each stream, such as (768, 33, 709).
         d_output: the width of the prediction.
-        d_model, n_layers, d_state, expand, d_conv: sizes; the paper's by default.
-        dt_rank: rank of the map to delta. None is d_state // 8, the paper's choice.
-        coupling: the weights w of the chains in the state that all of them read.
-            "mean": 1/m. "learned": softmax of logits that start at zero. "sum": 1, as
-            Eq. 6 has it; P is then near m at the start and H grows like m^l: with 3
-            modalities, 3 blocks and float32 the output is not finite from l = 50 on.
-            "none": one Mamba for each modality, nothing coupled.
         mix: whether there is the "Cat" between blocks.
         pooling: "max", "mean" or "last" (the last real step) over time.
         dropout: of each block's output and in the head.
-        mode: how the scan is computed, see `coupled_scan`.
+        The others are those of `Block`; sizes are the paper's by default.
 
-    The attribute `config` holds these arguments, so that CoupledMamba(**model.config)
-    is a new model of the same kind.
-
-    Raises:
-        ValueError: an argument that does not fit. The message says what was expected.
+    CoupledMamba(**model.config) is a new model of the same kind. An argument that does
+    not fit raises a ValueError that says what was expected, also in the methods.
     """
 
     def __init__(self, d_inputs, d_output=1, *, d_model=128, n_layers=3, d_state=64,
                  expand=2, d_conv=4, dt_rank=None, coupling="mean", mix=True,
                  pooling="max", dropout=0.0, mode="auto"):
         super().__init__()
-        self.config = dict(
-            d_inputs=d_inputs, d_output=d_output, d_model=d_model, n_layers=n_layers,
-            d_state=d_state, expand=expand, d_conv=d_conv, dt_rank=dt_rank,
-            coupling=coupling, mix=mix, pooling=pooling, dropout=dropout, mode=mode)
-        check_config(self.config)
-        m = len(d_inputs)
-        if dt_rank is None:
-            dt_rank = max(1, d_state // 8)
+        if not isinstance(d_inputs, (list, tuple)) or not d_inputs:
+            raise ValueError(f"d_inputs is {d_inputs!r}, expected a list or tuple of the "
+                             "streams' feature widths, such as (768, 33, 709)")
+        check_choice("pooling", pooling, ("max", "mean", "last"))
+        options = dict(d_state=d_state, expand=expand, d_conv=d_conv, dt_rank=dt_rank,
+                       coupling=coupling, dropout=dropout, mode=mode)
+        self.config = dict(d_inputs=tuple(int(width) for width in d_inputs),
+                           d_output=d_output, d_model=d_model, n_layers=n_layers,
+                           mix=mix, pooling=pooling, **options)
+        for name, value in self.config.items():      # a checkpoint holds no NumPy types
+            if hasattr(value, "item"):
+                self.config[name] = value.item()
 
+        m = len(d_inputs)
         self.encoders = nn.ModuleList(nn.Linear(width, d_model) for width in d_inputs)
         self.blocks = nn.ModuleList()
         for _ in range(n_layers):
-            self.blocks.append(Block(m, d_model, d_state, expand, d_conv, dt_rank,
-                                     coupling, dropout, mode))
+            self.blocks.append(Block(m, d_model, **options))
         self.mix = nn.ModuleList()
         if mix and m > 1:
             for _ in range(n_layers - 1):
@@ -541,94 +448,75 @@ class CoupledMamba(nn.Module):
                                   nn.Dropout(dropout), nn.Linear(d_model, d_output))
 
     def forward(self, xs, mask=None):
-        """Predict from whole sequences.
+        """Predict (b, d_output) from whole sequences.
 
-        Args:
-            xs: m tensors (b, l, d_inputs[i]) in the dtype of the model.
-            mask: (m, b, l) bool, True where a modality has a real step, or None if all
-                are real. What a missing step contains is never read.
-        Returns:
-            (b, d_output).
-        Raises:
-            ValueError: xs or mask do not fit.
+        xs: m tensors (b, l, d_inputs[i]) in the dtype of the model. mask: (m, b, l)
+        bool, True where a modality has a real step, or None if all are real. What a
+        missing step contains is never read.
         """
         self._check(xs, mask)
-        out, _ = self._advance(xs, self.init_state(len(xs[0])), mask)
+        out, _ = self.advance(xs, self.init_state(len(xs[0])), mask)
         return out
 
-    def encode(self, xs, mask=None):
+    def features(self, xs, mask=None):
         """The features before pooling, (m, b, l, d), 0 where missing; see `forward`."""
         self._check(xs, mask)
         f, _ = self._features(xs, self.init_state(len(xs[0])), mask)
         return f
 
     def advance(self, xs, state, mask=None):
-        """Continue a stream by a piece of any length.
+        """Continue a stream by a piece of any length, l >= 1; xs, mask as in `forward`.
 
-        Args:
-            xs, mask: the next l steps, l >= 1, as for `forward`.
-            state: what the last call of this model returned, or `init_state(b)`.
-        Returns:
-            out (b, d_output), equal to `forward` on all steps so far, and a new state.
-            Gradients flow through the state. Under torch.no_grad memory is constant.
-        Raises:
-            ValueError: xs, mask or state do not fit.
+        state: that of the last call, or `init_state`. Returns the output, which equals
+        `forward` on all steps so far, and the next state. Gradients flow through it.
         """
         self._check(xs, mask)
-        self._check_state(state, len(xs[0]))
-        return self._advance(xs, state, mask)
-
-    def step(self, xs_t, state, mask=None):
-        """`advance` by one step: xs_t m tensors (b, d_inputs[i]), mask (m, b)."""
-        self._check(xs_t, mask, axes=("b",))
-        self._check_state(state, len(xs_t[0]))
-        xs = [x[:, None] for x in xs_t]
-        if mask is not None:
-            mask = mask[..., None]
-        return self._advance(xs, state, mask)
+        check_state(state, self.init_state(len(xs[0])))
+        pooling = self.config["pooling"]
+        f, states = self._features(xs, state, mask)
+        if mask is None:
+            mask = f.new_ones(f.shape[:3], dtype=torch.bool)
+        pooled = self._pool(f, state[pooling], mask)
+        count = state["count"] + mask.sum(2)
+        out = self.head(self._weighted_sum(pooled, count).to(f.dtype))
+        return out, {**states, pooling: pooled, "count": count}
 
     def init_state(self, batch_size):
-        """The `State` before the first step, for `advance` and `step`."""
-        m = len(self.encoders)
-        d = self.encoders[0].out_features
-        like = self.modality_logits
-        pooled = like.new_zeros(m, batch_size, d, dtype=state_dtype(like))
-        if self.config["pooling"] == "max":
-            pooled = pooled - math.inf
-        count = like.new_zeros(m, batch_size, dtype=torch.long)
-        blocks = [block.init_state(batch_size) for block in self.blocks]
-        return State(blocks, pooled, count)
+        """The state at the start: a flat dict of tensors.
+
+        "0.conv", "0.H", "1.conv" ...: of each block. "max", "mean" or "last" like the
+        pooling: maximum, sum or last of all features. "count": number of real steps.
+        """
+        state = {}
+        for i, block in enumerate(self.blocks):
+            for name, v in block.init_state(batch_size).items():
+                state[f"{i}.{name}"] = v
+        pooling = self.config["pooling"]
+        shape = (len(self.encoders), batch_size, self.config["d_model"])
+        start = -math.inf if pooling == "max" else 0.0
+        state[pooling] = wide(self.modality_logits).new_full(shape, start)
+        state["count"] = self.modality_logits.new_zeros(shape[:2], dtype=torch.long)
+        return state
 
     def extra_repr(self):
         return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
     def _features(self, xs, state, mask):
-        """f (m, b, l, d) after the last block, 0 where missing; the block states."""
-        f = []
-        for i, encoder in enumerate(self.encoders):
-            x = xs[i]
-            if mask is not None:
-                x = zero_absent(x, mask[i])    # NaN would reach the encoder's gradient
-            f.append(encoder(x))
-        f = zero_absent(torch.stack(f), mask)                        # (m, b, l, d)
+        """f (m, b, l, d) after the last block, 0 where missing; the blocks' states."""
+        if mask is not None:                   # NaN would reach the encoder's gradient
+            xs = [zero_absent(x, here) for x, here in zip(xs, mask)]
+        f = torch.stack([encoder(x) for encoder, x in zip(self.encoders, xs)])
+        f = zero_absent(f, mask)                                     # (m, b, l, d)
 
-        block_states = []
+        states = {}
         for i, block in enumerate(self.blocks):
-            f, block_state = block(f, mask, state.blocks[i])
-            block_states.append(block_state)
+            own = {name: state[f"{i}.{name}"] for name in block.init_state(0)}
+            f, own = block(f, mask, own)
+            states |= {f"{i}.{name}": v for name, v in own.items()}
             if i < len(self.mix):                                    # "Cat" of Figure 1
-                f = zero_absent(f + self.mix[i](other_modalities(f)), mask)
-        return f, block_states
-
-    def _advance(self, xs, state, mask):
-        """out and the new State, from arguments that were checked."""
-        f, block_states = self._features(xs, state, mask)
-        if mask is None:
-            mask = f.new_ones(f.shape[:3], dtype=torch.bool)
-        pooled = self._pool(f, state.pooled, mask)
-        count = state.count + mask.sum(2)
-        out = self.head(self._weighted_sum(pooled, count).to(f.dtype))
-        return out, State(block_states, pooled, count)
+                others = [torch.cat([*f[:k], *f[k + 1:]], -1) for k in range(len(f))]
+                f = zero_absent(f + self.mix[i](torch.stack(others)), mask)
+        return f, states
 
     def _pool(self, f, pooled, mask):
         """Join the features f (m, b, l, d) of a piece to what is pooled, (m, b, d)."""
@@ -648,369 +536,272 @@ class CoupledMamba(nn.Module):
         seen = (count > 0)[..., None]                                # (m, b, 1)
         if self.config["pooling"] == "mean":
             pooled = pooled / count.clamp(min=1)[..., None]
-        logits = self.modality_logits.to(pooled.dtype)[:, None, None]
+        logits = wide(self.modality_logits)[:, None, None]
         weights = torch.softmax(torch.where(seen, logits, ABSENT), 0)
         return (weights * torch.where(seen, pooled, 0)).sum(0)
 
-    def _check(self, xs, mask, axes=("b", "l")):
-        """Raise ValueError unless xs are m tensors (*axes, width) and mask fits."""
-        widths = tuple(self.config["d_inputs"])
-        expected = (f"a list of {len(widths)} tensors ({', '.join(axes)}, width) with "
-                    f"the widths {widths} and the same {' and '.join(axes)}")
-        if not isinstance(xs, (list, tuple)):
-            raise ValueError(f"xs is a {type(xs).__name__}, expected {expected}")
-        for x in xs:
-            if not isinstance(x, torch.Tensor):
-                raise ValueError(f"xs holds a {type(x).__name__}, expected {expected}: "
-                                 "convert an array with torch.as_tensor; for a stream "
-                                 "that is absent give zeros and a mask")
-        shapes = [tuple(x.shape) for x in xs]
-        leading = shapes[0][:-1] if shapes else ()
-        fits = shapes == [(*leading, width) for width in widths]
-        if not fits or len(leading) != len(axes) or 0 in leading:
-            raise ValueError(f"xs has the shapes {shapes}, expected {expected}, none "
-                             "of them 0: resample or pad streams of other lengths")
-
-        dtype = self.modality_logits.dtype
-        narrow = (torch.float32, torch.float16, torch.bfloat16)
-        for x in xs:
-            cast = torch.is_autocast_enabled(x.device.type) and x.dtype in narrow
-            if x.dtype != dtype and not cast:
-                raise ValueError(f"xs holds a tensor of {x.dtype} and the model is of "
-                                 f"{dtype}: convert the tensor with .to({dtype})")
-
-        shape = (len(widths), *leading)
-        if mask is None:
-            return
-        if not isinstance(mask, torch.Tensor):
-            raise ValueError(f"mask is a {type(mask).__name__}, expected a bool tensor "
-                             f"of shape {shape}: torch.as_tensor converts an array, "
-                             "torch.stack joins a list of tensors")
-        if mask.dtype != torch.bool or mask.shape != shape:
-            raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}, "
-                             f"expected torch.bool of shape {shape}, True where real")
-
-    def _check_state(self, state, b):
-        """Raise ValueError unless `state` has the shapes of this model and batch."""
-        advice = f"begin with state = model.init_state({b})"
-        if not isinstance(state, State):
-            raise ValueError(f"state is a {type(state).__name__}, expected a State: "
-                             f"{advice}")
-        m = len(self.encoders)
-        d = self.encoders[0].out_features
-        fits = state.pooled.shape == (m, b, d) and len(state.blocks) == len(self.blocks)
-        for given, block in zip(state.blocks, self.blocks):
-            shapes = BlockState(given.conv.shape, given.H.shape)
-            fits = fits and shapes == block.state_shapes(b)
-        if not fits:
-            raise ValueError("state is of another model or of another batch size, "
-                             f"expected one for a batch of {b}: {advice}")
+    def _check(self, xs, mask):
+        """Raise ValueError unless xs are m streams of one b and l, and mask fits."""
+        widths = self.config["d_inputs"]
+        if not isinstance(xs, (list, tuple)) or len(xs) != len(widths):
+            raise ValueError(f"xs is {described(xs)}, expected a list of {len(widths)} "
+                             f"tensors (b, l, width) with the widths {widths}; for a "
+                             "stream that is absent give zeros and a mask")
+        like = self.modality_logits
+        b = l = None
+        for i, (x, width) in enumerate(zip(xs, widths)):
+            check(f"xs[{i}]", x, like, like.dtype, b=b, l=l, width=width)
+            b, l = x.shape[:2]
+        if mask is not None:
+            check("mask", mask, like, torch.bool, m=len(xs), b=b, l=l)
 
 
-def check_config(config):
-    """Raise ValueError unless `config` holds arguments that `CoupledMamba` can take.
+# ------------------------------------------------------------------- what was expected
+def check(name, v, like=None, dtype=None, **axes):
+    """Raise ValueError unless v is the tensor that is expected. Nothing is broadcast.
 
-    Sizes become Python's own integers, which torch.load(weights_only=True) accepts.
+    like: a tensor on the same device. dtype: None is any of floating-point numbers.
+    axes: their names and sizes; None is any size from 1 on.
     """
-    d_inputs = config["d_inputs"]
-    if not isinstance(d_inputs, (list, tuple)) or not d_inputs:
-        raise ValueError(f"d_inputs is {d_inputs!r}, expected the feature widths of "
-                         "the streams in a list or tuple, such as (768, 33, 709)")
-    choices = {"coupling": ("mean", "learned", "sum", "none"),
-               "mix": (True, False),
-               "pooling": ("max", "mean", "last"),
-               "mode": ("auto", *MODES)}
-    for name, allowed in choices.items():
-        if config[name] not in allowed:
-            raise ValueError(f"{name} is {config[name]!r}, expected one of "
-                             f"{', '.join(map(str, allowed))}")
+    fits = (isinstance(v, torch.Tensor) and v.dim() == len(axes)
+            and (like is None or v.device == like.device))
+    if fits:
+        for size, wanted in zip(v.shape, axes.values()):
+            fits = fits and (size == wanted or (wanted is None and size > 0))
+        floats = v.is_floating_point() and dtype != torch.bool
+        if dtype is not None:                    # autocast converts all but float64
+            floats = (floats and v.dtype != torch.float64
+                      and torch.is_autocast_enabled(v.device.type))
+        fits = fits and (floats or v.dtype == dtype)
+    if not fits:
+        shape = ", ".join(f"{axis} {size or '>= 1'}" for axis, size in axes.items())
+        where = "" if like is None else f" on {like.device}"
+        kind = dtype or "floating-point numbers"
+        raise ValueError(f"{name} is {described(v)}, expected a tensor of {kind} and "
+                         f"shape ({shape}){where}")
 
-    sizes = {f"d_inputs[{i}]": width for i, width in enumerate(d_inputs)}
-    for name in ("d_output", "d_model", "n_layers", "d_state", "expand", "d_conv"):
-        sizes[name] = config[name]
-    if config["dt_rank"] is not None:
-        sizes["dt_rank"] = config["dt_rank"]
-    for name, size in sizes.items():
-        if not isinstance(size, numbers.Integral) or size < 1:
-            raise ValueError(f"{name} is {size!r}, expected a whole number from 1 up")
-        if name in config:
-            config[name] = int(size)
-    config["d_inputs"] = tuple(int(width) for width in d_inputs)
+
+def described(v):
+    if isinstance(v, torch.Tensor):
+        return f"a tensor of {v.dtype} and shape {tuple(v.shape)} on {v.device}"
+    return f"a {type(v).__name__}"
+
+
+def check_choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, expected one of {allowed}")
+
+
+def check_state(state, start):
+    """Raise ValueError unless `state` has the names, shapes and dtypes of `start`."""
+    if not isinstance(state, dict):
+        raise ValueError(f"state is {described(state)}, expected a dict: begin with "
+                         "init_state()")
+    for name in {**start, **state}:
+        got, expected = described(state.get(name)), described(start.get(name))
+        if got != expected:
+            raise ValueError(f"state[{name!r}] is {got}, expected {expected}: begin "
+                             "with init_state(), and keep to one model and batch size")
 
 
 # ================================================================= the method ends here
 # What follows computes the same numbers faster: in PyTorch (mode "scan"), and by the
 # Triton kernel. You can understand and use the model without reading it.
 
-CHUNK = 16                    # steps between two states that are kept for backward
-CHUNK_ELEMENTS = 3 * 2 ** 19  # numbers in S of a chunk: some megabytes, for the cache
+CHUNK = 10                    # steps between two states that are kept for backward
+CACHED = 2 ** 20              # numbers of S to work on at once, for the cache: 4 MB
 
 
-def scan(x, delta, A, B, C, D, w, H0):
-    """Mode "scan": Eq. 7 in chunks of time, without any tensor (..., l, e, n).
+def scan(x, delta, A, B, C, w, H0):
+    """Mode "scan": Eqs. 6 and 7 step by step, without V and without h.
 
-    Time and memory are linear in l. It can be differentiated once, not twice.
+    Time and memory are linear in l. It can be differentiated once, not twice. On a CPU
+    a few samples are computed at a time, so that S of a chunk stays in the cache.
     """
-    apply = ChunkedScan.apply
-    if torch.compiler.is_compiling():          # its loops would take minutes to compile
-        apply = torch.compiler.disable(apply)
-    y, H_last = apply(x, delta, A, B, C, w, H0)
-    return torch.addcmul(y, D[:, None, None], x), H_last
-
-
-class ChunkedScan(torch.autograd.Function):
-    """y without D x, and H_last. Kept: the inputs, and H where chunks begin."""
-
-    @staticmethod
-    def forward(ctx, x, delta, A, B, C, w, H0):
-        batches, chunks = pieces(x.shape, A.shape[-1])
-        space = Workspace(H0)
-        y = torch.empty_like(x)
-        H_last = torch.empty_like(H0)
-        training = any(ctx.needs_input_grad)
-        kept = H0.new_empty(len(chunks) if training else 0, *H0.shape)
-
-        for rows in batches:
-            H = H0[rows]
-            for i, steps in enumerate(chunks):
-                if training:
-                    kept[i, rows] = H
-                at = (slice(None), rows, steps)
-                y[at], H = forward_chunk(x[at], delta[at], A, B[at], C[at], w[at], H,
-                                         space)
-            H_last[rows] = H
-        ctx.save_for_backward(x, delta, A, B, C, w, kept)
-        return y, H_last
-
-    @staticmethod
-    def backward(ctx, dy, dH_last):
-        if torch.is_grad_enabled():
-            raise RuntimeError("mode='scan' has no second derivative, and create_graph="
-                               "True asks for one: use mode='recurrence'")
-        needs_dw = ctx.needs_input_grad[5]
-        with torch.autocast(dy.device.type, enabled=False):
-            return adjoint(*ctx.saved_tensors, dy, dH_last, needs_dw)
-
-
-def pieces(shape, n):
-    """Slices of the batch, so that S of a chunk stays small, and the chunks of time."""
-    m, b, l, e = shape
-    rows = max(1, CHUNK_ELEMENTS // (CHUNK * m * e * n))
-    batches = [slice(i, i + rows) for i in range(0, b, rows)]
-    chunks = [slice(i, i + CHUNK) for i in range(0, l, CHUNK)]
-    return batches, chunks
-
-
-class Workspace:
-    """Tensors that every chunk uses again: allocating them costs more than the sums."""
-
-    def __init__(self, like):
-        self.like = like
-        self.tensors = {}
-
-    def get(self, name, *shape):
-        size = math.prod(shape)
-        if name not in self.tensors or self.tensors[name].numel() < size:
-            self.tensors[name] = self.like.new_empty(size)
-        return self.tensors[name][:size].view(shape)
-
-
-def walk(P, U, H, reads, steps):
-    """H <- P[t] H + U[t] for t in `steps`; reads[:, t] becomes the H before step t.
-
-    P, U, reads (b, t, e, n), H (b, e, n). Returns the last H.
-    """
-    P = P.unbind(1)
-    U = U.unbind(1)
-    reads = reads.unbind(1)
-    reads[steps[0]].copy_(H)
-    for t, following in zip(steps, steps[1:]):
-        torch.addcmul(U[t], P[t], reads[t], out=reads[following])
-    t = steps[-1]
-    return torch.addcmul(U[t], P[t], reads[t])
-
-
-def chunk_states(delta, v, A, B, w, H, space):
-    """`collapse` and the recurrence of H over one chunk, without forming V = v B.
-
-    delta, v = delta x (m, b, t, e); B (m, b, t, n); w (m, b, t); H (b, e, n) before.
-    Returns S (m, b, t, e, n), P and the H that each step reads (b, t, e, n), last H.
-    """
-    m, b, t, e = delta.shape
-    n = A.shape[-1]
-
-    A_log2 = A * math.log2(math.e)                    # exp2 is faster than exp
-    S = space.get("S", m, b, t, e, n)
-    torch.mul(delta[..., None], A_log2[:, None, None], out=S).exp2_()
-
-    wv = w[..., None] * v
-    P = torch.mul(S[0], w[0, ..., None, None], out=space.get("P", b, t, e, n))
-    U = torch.mul(wv[0, ..., None], B[0, :, :, None], out=space.get("U", b, t, e, n))
-    for k in range(1, m):
-        P.addcmul_(S[k], w[k, ..., None, None])       # P = sum_k w_k S_k
-        U.addcmul_(wv[k, ..., None], B[k, :, :, None])          # U = sum_k w_k v_k B_k
-
-    H_before = space.get("H", b, t, e, n)
-    H = walk(P, U, H, H_before, range(t))
-    return S, P, H_before, H
-
-
-def forward_chunk(x, delta, A, B, C, w, H, space):
-    """y (m, b, t, e) of one chunk, and H after it, from H (b, e, n) before it."""
-    v = delta * x
-    S, _, H_before, H = chunk_states(delta, v, A, B, w, H, space)
-
-    # C . h = C . (S H + v B) = C . (S H) + v (C . B)
-    SH = S.mul_(H_before)                             # overwrites S
-    y = torch.einsum("mbtn,mbten->mbte", C, SH)
-    return y + v * (B * C).sum(-1, keepdim=True), H
+    samples = len(H0)
+    if not x.is_cuda:
+        samples = max(1, CACHED // (CHUNK * A.numel()))
+    parts = [v.transpose(0, 2).split(samples, 1) for v in (x, delta, B, C, w)]
+    ys = []
+    states = []
+    for x, delta, B, C, w, H in zip(*parts, H0.split(samples)):
+        y, H = Scan.apply(x, delta, A, B, C, w, H)                   # y (l, b, m, e)
+        ys.append(y.transpose(0, 2))
+        states.append(H)
+    return torch.cat(ys, 1), torch.cat(states)
 
 
 # The chain rule on Eqs. 6 and 7, with g[m,t] = dL/dh[m,t] and G[t] = dL/dH[t]:
 #
 #     g[m,t] = C[m,t] dy[m,t] + w[m,t] G[t]
 #     G[t-1] = sum_m S[m,t] g[m,t] = P[t] G[t] + Q[t]
-#     Q[t] = sum_m S[m,t] C[m,t] dy[m,t]
+#     Q[t]   = sum_m S[m,t] C[m,t] dy[m,t]
 #
 # so backward is the same recurrence as Eq. 7, run from the end. With v = delta x, so
-# that V = v B, and with gSH = g S H[t-1], the gradients of every step are
+# that V = v B, and with z = g S H[t-1], the gradients of a step are
 #
-#     ddelta = sum_n gSH A + dv x     dA = sum_bl gSH delta     dw = sum_en G h
-#     dv = sum_n g B                  dx = dv delta             dH0 = G before step 1
-#     dB = sum_e g v                  dC = sum_e dy h
+#     ddelta = sum_n z A + dv x     dA = sum_bl z delta     dw = sum_en G h
+#     dv = sum_n g B                dx = dv delta           dH0 = G before step 1
+#     dB = sum_e g v                dC = sum_e dy h
 #
-# Sums of g and h are taken term by term: sum_n g B = dy (C . B) + w sum_n G B.
-def backward_chunk(x, delta, A, B, C, w, dy, H, G, space, needs_dw):
-    """The gradients of one chunk, from H before it and G after it, both (b, e, n).
+# Sums of h and g are taken term by term, so that neither h nor V is formed:
+#
+#     C . h = C . (S H) + v (C . B)            sum_n g B = dy (C . B) + w sum_n G B
+class Scan(torch.autograd.Function):
+    """Kept for backward: the inputs, and H before each chunk of CHUNK steps.
 
-    Returns G before the chunk; dx, ddelta (m, b, t, e); dB, dC (m, b, t, n); dw
-    (m, b, t) or None; dA (m, e, n).
+    Time comes first here: x, delta (l, b, m, e), A (m, e, n), B, C (l, b, m, n),
+    w (l, b, m), H (b, e, n). Large tensors are made once and reused with out=, since
+    new memory costs as much as the sums. Sums over modalities or channels are matrix
+    products with one row, which read a large tensor only once.
     """
-    m, b, t, e = x.shape
-    n = A.shape[-1]
+
+    @staticmethod
+    def forward(ctx, x, delta, A, B, C, w, H):
+        l, b, m, e = x.shape
+        n = A.shape[-1]
+        A2 = A * math.log2(math.e)                       # exp2 is faster than exp
+        S = x.new_empty(min(CHUNK, l), b, m, e, n)
+        S_t = S.unbind()
+        rows_t = S.flatten(3).unbind()                   # the same memory: (b, m, e n)
+        v = delta * x
+        wv_t = (w[..., None] * v).mT.unbind()            # (b, e, m)
+        w_t = w[:, :, None].unbind()                     # (b, 1, m)
+        B_t = B.unbind()                                 # (b, m, n)
+        y = v * (B * C).sum(-1, keepdim=True)            # v (C . B)
+        kept = []
+
+        for first in range(0, l, CHUNK):
+            if any(ctx.needs_input_grad):
+                kept.append(H)
+            steps = slice(first, min(first + CHUNK, l))
+            SH = S[:steps.stop - first]
+            torch.mul(delta[steps, ..., None], A2, out=SH).exp2_()
+            for i, t in enumerate(range(first, steps.stop)):
+                S_t[i].mul_(H[:, None])                                 # S H of Eq. 6
+                PH = torch.bmm(w_t[t], rows_t[i]).view(b, e, n)
+                H = PH.baddbmm_(wv_t[t], B_t[t])                        # P H + U, Eq. 7
+            y[steps] += rows_times(C[steps], SH.mT)                     # C . (S H)
+        ctx.save_for_backward(x, delta, A, B, C, w, *kept)
+        return y, H
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, G):
+        x, delta, A, B, C, w, *kept = ctx.saved_tensors
+        dx, ddelta, dB, dC, dw = (torch.empty(v.shape, dtype=v.dtype, device=v.device)
+                                  for v in (x, delta, B, C, w))
+        dA = torch.zeros_like(A)
+        work = A.new_empty(2, min(CHUNK, len(x)), len(G), *A.shape)
+        needs_dw = ctx.needs_input_grad[5]
+        with torch.autocast(dy.device.type, enabled=False):
+            for i in reversed(range(len(kept))):
+                steps = slice(i * CHUNK, i * CHUNK + CHUNK)
+                now = [u[steps].contiguous() for u in (x, delta, B, C, w, dy)]
+                found = chunk_gradients(*now, A, kept[i], G, work[:, :len(now[0])],
+                                        needs_dw)
+                dx[steps], ddelta[steps], dB[steps], dC[steps], dw[steps] = found[:5]
+                dA += found[5]
+                G = found[6]
+        if not needs_dw:
+            dw = None
+        return dx, ddelta, dA, dB, dC, dw, G
+
+
+def rows_times(rows, matrices):
+    """Rows (l, b, m, n) times matrices (l, b, m, n, e): (l, b, m, e)."""
+    products = torch.bmm(rows.reshape(-1, 1, rows.shape[-1]), matrices.flatten(0, 2))
+    return products.view(*rows.shape[:3], -1)
+
+
+def chunk_gradients(x, delta, B, C, w, dy, A, H, G, work, needs_dw):
+    """Gradients of x, delta, B, C, w, A and H, from H before a chunk and G after it."""
+    S, g = work                                          # (k, b, m, e, n)
+    k, b, m, e, n = S.shape
     v = delta * x
-    S, P, H_before, _ = chunk_states(delta, v, A, B, w, H, space)
+    torch.mul(delta[..., None], A * math.log2(math.e), out=S).exp2_()
+    P = torch.bmm(w.view(k * b, 1, m), S.view(k * b, m, e * n)).view(k, b, e, n)
+    U = torch.bmm((w[..., None] * v).flatten(0, 1).mT, B.flatten(0, 1)).view(k, b, e, n)
+    H_t = [H]                                            # step t reads H_t[t]
+    for P_t, U_t in zip(P.unbind(), U.unbind()):
+        H_t.append(torch.addcmul(U_t, P_t, H_t[-1]))                    # Eq. 7
+    H = torch.stack(H_t[:k])[:, :, None]                           # (k, b, 1, e, n)
 
-    g = torch.mul(dy[..., None], C[..., None, :], out=space.get("g", m, b, t, e, n))
-    Q = torch.mul(S[0], g[0], out=space.get("U", b, t, e, n))
-    for k in range(1, m):
-        Q.addcmul_(S[k], g[k])
-    G_after = space.get("G", b, t, e, n)
-    G = walk(P, Q, G, G_after, range(t)[::-1])
+    dySH = rows_times(dy, torch.mul(S, H, out=g))                       # sum_e dy S H
+    torch.mul(dy[..., None], C[..., None, :], out=g)                    # C dy
+    dw = torch.zeros_like(w)
+    ones = S.new_ones(b, 1, m)
+    G_t = [G]                                            # the last step comes first
+    steps = zip(S.unbind(), g.unbind(), H_t, w[..., None, None].unbind(), dw.unbind())
+    for S_t, g_t, H_before, w_t, dw_t in reversed(list(steps)):
+        rows = S_t.flatten(2)                                           # (b, m, e n)
+        if needs_dw:                                     # it takes a tenth of the time
+            GH = (G_t[-1] * H_before).view(b, 1, e * n)
+            dw_t += torch.bmm(GH, rows.mT)[:, 0]                        # sum_en G S H
+        S_t.mul_(g_t.addcmul_(w_t, G_t[-1][:, None]))                   # S g
+        G_t.append(torch.bmm(ones, rows).view(b, e, n))                 # G[t-1]
+    z = S.mul_(H)
+    zA = torch.mul(z, A, out=g).sum(-1)
+    dA = torch.mul(z, delta[..., None], out=g).flatten(0, 1).sum(0)
 
-    SH = S.mul_(H_before)                             # overwrites S
-    sum_GB = torch.einsum("mbtn,bten->mbte", B, G_after)
-    sum_Gv = torch.einsum("mbte,bten->mbtn", v, G_after)
-    sum_dySH = torch.einsum("mbte,mbten->mbtn", dy, SH)
-    dw = None
-    if needs_dw:
-        dw = (sum_GB * v + (SH * G_after).sum(-1)).sum(-1)
-
-    for k in range(m):
-        g[k].addcmul_(G_after, w[k, ..., None, None])           # g = C dy + w G
-    gSH = SH.mul_(g)
-    sum_gSHA = torch.mul(gSH, A[:, None, None], out=g).sum(-1)
-    dA = torch.mul(gSH, delta[..., None], out=g).sum(2).sum(1)
-
-    dv = dy * (B * C).sum(-1, keepdim=True) + w[..., None] * sum_GB
-    sum_vdy = (v * dy).sum(-1, keepdim=True)
-    dB = C * sum_vdy + w[..., None] * sum_Gv
-    dC = B * sum_vdy + sum_dySH
-    return G, dv * delta, dv * x + sum_gSHA, dB, dC, dw, dA
-
-
-def adjoint(x, delta, A, B, C, w, kept, dy, dH_last, needs_dw):
-    """The gradients of x, delta, A, B, C, w and H0, chunk by chunk from the end."""
-    batches, chunks = pieces(x.shape, A.shape[-1])
-    space = Workspace(dH_last)
-    dx, ddelta, dB, dC = (torch.empty_like(v) for v in (x, delta, B, C))
-    dw = None
-    if needs_dw:
-        dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-    dA = torch.zeros_like(A)
-    dH0 = torch.empty_like(dH_last)
-
-    for rows in batches:
-        G = dH_last[rows]
-        for i in reversed(range(len(chunks))):
-            at = (slice(None), rows, chunks[i])
-            G, dx[at], ddelta[at], dB[at], dC[at], dw_chunk, dA_chunk = backward_chunk(
-                x[at], delta[at], A, B[at], C[at], w[at], dy[at], kept[i, rows], G,
-                space, needs_dw)
-            dA += dA_chunk
-            if needs_dw:
-                dw[at] = dw_chunk
-        dH0[rows] = G
-    return dx, ddelta, dA, dB, dC, dw, dH0
+    G = torch.stack(G_t[-2::-1]).flatten(0, 1)                          # (k b, e, n)
+    GB = torch.bmm(B.flatten(0, 1), G.mT).view(k, b, m, e)              # sum_n G B
+    Gv = torch.bmm(v.flatten(0, 1), G).view(k, b, m, n)                 # sum_e G v
+    dv = dy * (C * B).sum(-1, keepdim=True) + w[..., None] * GB
+    vdy = (v * dy).sum(-1, keepdim=True)
+    dB = C * vdy + w[..., None] * Gv
+    dC = B * vdy + dySH
+    dw += (GB * v).sum(-1)
+    return dv * delta, dv * x + zA, dB, dC, dw, dA, G_t[-1]
 
 
 # ------------------------------------------------------------------- the Triton kernel
-# The name of kernel.py, which may have been copied into a package with this file.
-KERNEL = f"{__package__}.kernel" if __package__ else "kernel"
+@functools.cache
+def load_kernel():
+    """kernel.py in the folder of this file, found by its path: no other is taken."""
+    file = Path(__file__).with_name("kernel.py")
+    if not file.exists():
+        raise ImportError(f"there is no kernel.py in the folder {file.parent}")
+    spec = importlib.util.spec_from_file_location("coupled_mamba_kernel", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def triton_scan(x, delta, A, B, C, D, w, H0):
+def kernel_problem(x, A):
+    """Why kernel.py cannot serve x and A, or None if it can."""
+    try:
+        return load_kernel().unavailable(x, A)
+    except ImportError as error:
+        return f"kernel.py cannot be imported ({error}); it needs Triton"
+
+
+def triton_scan(x, delta, A, B, C, w, H0):
     """Mode "kernel": Eq. 7 in Triton, by kernel.py in the folder of this file."""
-    reason = kernel_problem(x.device, len(x))
+    reason = kernel_problem(x, A)
     if reason:
         raise ValueError(f"mode='kernel' cannot run: {reason}. Use mode='scan', which "
                          "runs on any device")
-    kernel = sys.modules[KERNEL]          # torch.compile can trace this, but no import
-    return kernel.scan(x, delta, A, B, C, D, w, H0)
+    return load_kernel().scan(x, delta, A, B, C, w, H0)
 
 
 MODES = {"recurrence": recurrence, "convolution": convolution, "scan": scan,
          "kernel": triton_scan}
 
 
-def choose_mode(device, m):
-    """What "auto" means for m modalities on `device`."""
-    if device.type != "cuda":
+def run_mode(mode, *arguments):
+    """y without D x, and H_last. "auto" is the kernel on a GPU that can run it."""
+    if mode == "auto":
+        mode = choose_mode(arguments[0], arguments[2])
+    return MODES[mode](*arguments)
+
+
+def choose_mode(x, A):
+    if not x.is_cuda:
         return "scan"
-    reason = kernel_problem(device, m)
+    reason = kernel_problem(x, A)
     if reason:
-        warn_once(reason)
+        warnings.warn("coupled_scan goes on in PyTorch (mode='scan') and not in the "
+                      f"Triton kernel: {reason}", stacklevel=4)
         return "scan"
     return "kernel"
-
-
-@functools.cache
-def warn_once(reason):
-    warnings.warn("coupled_scan goes on in PyTorch (mode='scan') and not in the Triton "
-                  f"kernel: {reason}", stacklevel=4)
-
-
-def kernel_problem(device, m):
-    """Why the kernel cannot serve m modalities on `device`, or None if it can."""
-    reason = import_problem()
-    if reason:
-        return reason
-    return sys.modules[KERNEL].unavailable(device, m)
-
-
-# torch.compile must call these two and not trace them. The public way to say so,
-# torch.compiler.assume_constant_result, would make every import a second slower.
-choose_mode._dynamo_marked_constant = True
-kernel_problem._dynamo_marked_constant = True
-
-
-@functools.cache
-def import_problem():
-    """Import kernel.py, here and not before because it needs Triton.
-
-    Returns None, or the reason why it cannot be imported.
-    """
-    file = Path(__file__).with_name("kernel.py")
-    if not file.exists():
-        return f"there is no kernel.py in the folder {file.parent}"
-    try:
-        spec = importlib.util.find_spec(KERNEL)
-    except ValueError:                    # a module that somebody made without a file
-        spec = None
-    if spec is None or not spec.origin or Path(spec.origin).resolve() != file.resolve():
-        return f"the module {KERNEL!r} that Python finds is not {file}"
-    try:
-        importlib.import_module(KERNEL)
-    except ImportError as error:
-        return f"kernel.py cannot be imported ({error}): install Triton"
-    return None

@@ -257,16 +257,18 @@ class OneMamba(nn.Module):
 class CrossAttention(CoupledMamba):
     """Table 8: each modality attends to all steps of the others. No scan and no Cat."""
 
-    def _check_state(self, state, b):
-        raise ValueError("cross attention has no state, because it reads the whole "
-                         "sequence: call the model and not advance or step")
-
     def __init__(self, d_inputs, d_output, *, mix=False, **options):
         super().__init__(d_inputs, d_output, mix=False, **options)
         self.blocks = nn.ModuleList(
             AttentionBlock(len(d_inputs), options["d_model"], options["expand"],
                            options["dropout"])
             for _ in self.blocks)
+
+    def advance(self, xs, state, mask=None):
+        if state["count"].any():
+            raise ValueError("cross attention reads the whole sequence, so it cannot "
+                             "continue one")
+        return super().advance(xs, state, mask)
 
 
 class AttentionBlock(nn.Module):
@@ -290,10 +292,10 @@ class AttentionBlock(nn.Module):
 
     def init_state(self, b):
         """Attention has no state: it needs the whole sequence at once."""
-        return None
+        return {}
 
     def forward(self, f, mask=None, state=None):
-        """f (m, b, l, d), mask (m, b, l) or None -> features (m, b, l, d), None."""
+        """f (m, b, l, d), mask (m, b, l) or None -> features (m, b, l, d), {}."""
         m, b, l, d = f.shape
         x = F.layer_norm(f, (d,)) * self.norm_weight[:, None, None]
         x = x + self.norm_bias[:, None, None] + positions(l, d, f)
@@ -313,7 +315,7 @@ class AttentionBlock(nn.Module):
                 there = there | ~there.any(-1, keepdim=True)
             ys.append(self.attend(q[i], keys, values, there))
         y = torch.stack(ys).transpose(2, 3).flatten(3)  # (m, b, l, e)
-        return zero_absent(f + self.dropout(self.out(y)), mask), None
+        return zero_absent(f + self.dropout(self.out(y)), mask), {}
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(2, 3)
