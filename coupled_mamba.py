@@ -4,10 +4,9 @@ Paper: Li, Zhou, Yu, Song, Yang, "Coupled Mamba: Enhanced Multi-modal Fusion wit
 Coupled State Space Model", NeurIPS 2024 (arXiv 2405.18014). It builds on Gu and Dao,
 "Mamba" (arXiv 2312.00752). This file needs torch and nothing else: copy it.
 
-Each modality (text, audio, vision, ...) has its own Mamba layer, which turns an input x
-into an output y through a state h that is carried through time. This recurrence is the
-chain of the modality. In a Coupled Mamba the state of every chain is computed from the
-previous states of all chains:
+Each modality (text, audio, vision, ...) has a chain: a Mamba layer that turns an input
+x into an output y through a state h, which is carried through time. In a Coupled Mamba
+the state of every chain is computed from the previous states of all chains:
 
              time t-1                                     time t
 
@@ -23,8 +22,7 @@ All products * are elementwise, because A is diagonal: each of the e channels is
 recurrence of its own, on n numbers, and channels meet only in the linear maps of the
 block. The transition S = exp(Delta A) lies between 0 and 1, because A < 0: a small step
 size Delta keeps the state, a large one overwrites it with the input. The model is
-called selective because Delta, B and C are computed from the input at every step; this
-happens in `Block.forward`.
+selective: `Block.forward` computes Delta, B and C from the input at every step.
 
 The axes always have this order: m modalities, b batch, l time, then the channels: d
 (width of the model), e = expand * d (inner width), n (size of the state of a channel).
@@ -42,11 +40,11 @@ The axes always have this order: m modalities, b batch, l time, then the channel
     H = sum_k w_k h_k   H        (b, e, n)          coupled state, carried through time
     P, U                P, U     (b, l, e, n)       transition and input of H, Eq. 7
 
-Reading order: `recurrence` is the definition (Eq. 6). `collapse` is the idea that makes
-it cheap (Eq. 7). `convolution` is the global convolution kernel (Eq. 8). `coupled_scan`
-runs any of them; to scan is to compute a recurrence over time. `Block` is Algorithm 1
-and `CoupledMamba` is Figure 1. There the method ends. The rest computes it fast; the
-mode "kernel" there is a program for GPUs, not the kernel of a convolution.
+Reading order: `recurrence` is the definition (Eq. 6), `collapse` the idea that makes it
+cheap (Eq. 7), `convolution` the global convolution kernel (Eq. 8). `coupled_scan` runs
+any of them; to scan is to compute a recurrence over time. `Block` is Algorithm 1 and
+`CoupledMamba` Figure 1. There the method ends. The rest computes it fast; its mode
+"kernel" is a program for GPUs, not the kernel of a convolution.
 """
 import functools
 import importlib.util
@@ -57,33 +55,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 
 # ------------------------------------------------------------------- the method
 def discretize(x, delta, A, B):
     """The transition S and the input V of each chain (Eq. 2, Alg. 1 lines 13 and 14).
 
-    Args:
-        x, delta: (m, b, e) for one step, or (m, b, l, e).
-        A: (m, e, n).  B: (m, b, n) for one step, or (m, b, l, n).
-    Returns:
-        S, V: (m, b, e, n) for one step, or (m, b, l, e, n).
+    x, delta (m, b, l, e), A (m, e, n), B (m, b, l, n) -> S, V (m, b, l, e, n). For one
+    step, the axis l is left out.
     """
-    m, e, n = A.shape
-    between = [1] * (x.dim() - 2)                       # b, or b and l
-    A = A.reshape(m, *between, e, n)
-    S = torch.exp(delta[..., None] * A)                 # Alg. 1, line 13
+    S = torch.exp(torch.einsum("m...e,men->m...en", delta, A))      # Alg. 1, line 13
     # NOTE: V is the Euler step that Mamba takes, not the exact integral over the step.
-    V = (delta * x)[..., None] * B[..., None, :]        # Alg. 1, line 14
+    V = (delta * x)[..., None] * B[..., None, :]                    # Alg. 1, line 14
     return S, V
 
 
 def recurrence(x, delta, A, B, C, w, H0):
-    """Mode "recurrence": Eq. 6 as written, one step after the other. The reference.
-
-    (Eq. 5 has a weight for each pair of chains; in Eq. 6 all chains read one sum H.)
-    """
+    """Mode "recurrence": Eq. 6 as written, one step after the other. The reference."""
     H = H0
     ys = []
     steps = zip(x.unbind(2), delta.unbind(2), B.unbind(2), C.unbind(2), w.unbind(2))
@@ -91,7 +79,7 @@ def recurrence(x, delta, A, B, C, w, H0):
         S, V = discretize(x_t, delta_t, A, B_t)         # (m, b, e, n)
         h = S * H + V                                   # Eq. 6, the coupled transition
         ys.append(torch.einsum("mben,mbn->mbe", h, C_t))
-        H = torch.einsum("kb,kben->ben", w_t, h)        # what the next step reads
+        H = torch.einsum("kb,kben->ben", w_t, h)        # in Eq. 5 a sum for each chain
     return torch.stack(ys, 2), H
 
 
@@ -104,10 +92,7 @@ def collapse(S, V, w):
     So one scan serves any number of modalities, only H has to be remembered, and each
     chain is then computed from H by itself: h[m,t] = S[m,t] * H[t-1] + V[m,t].
 
-    Args:
-        S, V: (m, ..., e, n).  w: (m, ...).
-    Returns:
-        P, U: (..., e, n).
+    S, V (m, ..., e, n), w (m, ...) -> P, U (..., e, n).
     """
     P = (w[..., None, None] * S).sum(0)
     U = (w[..., None, None] * V).sum(0)
@@ -121,20 +106,18 @@ def convolution(x, delta, A, B, C, w, H0):
 
     The paper writes the products as powers P^i (Eqs. 8, 21, 22): see `fft_convolution`.
     In the selective model P changes at every step, so the kernel is a lower-triangular
-    matrix over (t, s), with O(l^2 e n) of time and memory. Read it to understand Eq. 8;
-    train with `scan`. Weights must not be negative.
+    matrix over (t, s), with O(l^2 e n) of time and memory.
     """
-    if (w < 0).any():
-        raise ValueError("mode='convolution' takes the logarithm of P and got negative "
-                         "weights w: use mode='recurrence' or mode='scan'")
+    if (w < 0).any():                                  # the logarithm of P would be NaN
+        raise ValueError("got negative weights w: use mode='recurrence' or mode='scan'")
     l = x.shape[2]
     S, V = discretize(x, delta, A, B)
     P, U = collapse(S, V, w)                                           # (b, l, e, n)
 
     # P[t] ... P[s+1] is exp of a difference of cumulative logarithms, which is <= 0
-    # while the weights sum to one. A quotient of products would soon be 0 / 0. Where P
-    # was rounded to 0 its logarithm would be -inf and a difference NaN: so we add a
-    # number far below every P that matters. 1 / tiny would overflow in backward.
+    # while the weights sum to one. A quotient of products would soon be 0 / 0. A P that
+    # was rounded to 0 would give NaN, so we add a number far below all P that matter,
+    # but not tiny itself: in backward 1 / tiny would overflow.
     log_P = torch.log(P + torch.finfo(P.dtype).tiny ** 0.5).cumsum(1)
     exponent = log_P[:, :, None] - log_P[:, None]                      # (b, t, s, e, n)
     causal = torch.ones(l, l, dtype=torch.bool, device=x.device).tril()
@@ -163,9 +146,9 @@ def fft_convolution(x, delta, A, B, C, w):
     # y[m,t] reads x[k,t-1-i] through C_m S_m P^i w_k V_k, and x[m,t] through C_m V_m.
     kernel = torch.einsum("mben,kben,beni->mkbei", CS, wV, powers)
     kernel = F.pad(kernel, (1, 0))                           # over t - s = 0 ... l - 1
-    kernel_spectrum = torch.fft.rfft(kernel, 2 * l)              # 2 l: no wrap-around
-    x_spectrum = torch.fft.rfft(x.transpose(2, 3), 2 * l)
-    spectrum = torch.einsum("mkbef,kbef->mbef", kernel_spectrum, x_spectrum)
+    kernel = torch.fft.rfft(kernel, 2 * l)                       # 2 l: no wrap-around
+    spectrum = torch.fft.rfft(x.transpose(2, 3), 2 * l)
+    spectrum = torch.einsum("mkbef,kbef->mbef", kernel, spectrum)
     y = torch.fft.irfft(spectrum, 2 * l)[..., :l].transpose(2, 3)
     return y + torch.einsum("mben,mbn->mbe", V, C)[:, :, None] * x
 
@@ -175,33 +158,23 @@ def coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None, mode="auto"):
     """Run M coupled state space models over a sequence (Eqs. 2-7, Alg. 1 lines 13-15).
 
     Args:
-        x: (m, b, l, e), the input.
-        delta: (m, b, l, e), the step size, > 0. Where it is 0, h[m,t] is H[t-1].
+        x, delta: (m, b, l, e), input and step size > 0; where it is 0, h[m,t] = H[t-1].
         A: (m, e, n), < 0.  B, C: (m, b, l, n).  D: (m, e), or None for zero.
-        w: (m,) or (m, b, l), or None for the mean, 1/m each.
-        H0: (b, e, n), the coupled state before the first step, or None for zero.
-        mode: "recurrence", "convolution", "scan" (PyTorch, on any device), "kernel"
-            (Triton, on an NVIDIA GPU), all with the same result; or "auto": the kernel
-            for tensors on a GPU that can run it, else scan.
-    Returns:
-        y (m, b, l, e) in the dtype of x, and H_last (b, e, n), the H0 of the next call.
-        Both are differentiable in every tensor argument. The state is float32, or
-        float64 if any argument is float64.
-    Raises:
-        ValueError: a shape, dtype, device or mode that does not fit, or a mode that
-            cannot run. The message says what was expected.
+        w: (m,) or (m, b, l), or None for 1/m.  H0: (b, e, n), or None for zero.
+        mode: "recurrence", "convolution", "scan" (any device), "kernel" (NVIDIA GPU),
+            all with one result; or "auto": kernel where a GPU can run it, else scan.
+    Returns y (m, b, l, e) in the dtype of x, and H_last (b, e, n), the H0 of the next
+    call, differentiable in every tensor argument. The state is float32, or float64 if
+    any argument is. A ValueError says what does not fit, or why the mode cannot run.
     """
+    if torch.compiler.is_dynamo_compiling():   # tracing the loops would take minutes
+        return torch.compiler.disable(coupled_scan)(x, delta, A, B, C, D, w, H0, mode)
     check_choice("mode", mode, ("auto", *MODES))
-    check("x", x, m=None, b=None, l=None, e=None)
-    m, b, l, e = x.shape
-    check("A", A, x, m=m, e=e, n=None)
-    n = A.shape[-1]
-    if D is None:
-        D = x.new_zeros(m, e)
-    if w is None:
-        w = wide(x.new_ones(m)) / m
-    if H0 is None:
-        H0 = x.new_zeros(b, e, n)
+    m, b, l, e = check("x", x, m=None, b=None, l=None, e=None)
+    m, e, n = check("A", A, x, m=m, e=e, n=None)
+    D = x.new_zeros(m, e) if D is None else D
+    w = wide(x.new_ones(m)) / m if w is None else w
+    H0 = x.new_zeros(b, e, n) if H0 is None else H0
     check("delta", delta, x, m=m, b=b, l=l, e=e)
     check("B", B, x, m=m, b=b, l=l, n=n)
     check("C", C, x, m=m, b=b, l=l, n=n)
@@ -211,37 +184,35 @@ def coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None, mode="auto"):
         w = w[:, None, None].expand(m, b, l)
     check("w", w, x, m=m, b=b, l=l)
 
-    dtype = torch.float32
-    for v in (x, delta, A, B, C, D, w, H0):
-        dtype = torch.promote_types(dtype, v.dtype)
-    run = run_mode
-    if torch.compiler.is_compiling():    # loops over time would take minutes to trace
-        run = torch.compiler.disable(run_mode)
+    types = [v.dtype for v in (x, delta, A, B, C, D, w, H0)]
+    dtype = functools.reduce(torch.promote_types, types, torch.float32)
+    if mode == "auto":
+        mode = choose_mode(x, A)
     with torch.autocast(x.device.type, enabled=False):
-        y, H_last = run(mode, *[v.to(dtype) for v in (x, delta, A, B, C, w, H0)])
+        y, H_last = MODES[mode](*[v.to(dtype) for v in (x, delta, A, B, C, w, H0)])
         y = torch.addcmul(y, D.to(dtype)[:, None, None], x.to(dtype))
     return y.to(x.dtype), H_last
 
 
 # ------------------------------------------------------------------- the model
-ABSENT = -1e9            # softmax turns it into weight 0, or 1/m if all are absent
-
-
 def wide(v):
-    """v in float32 or wider: weights in 16 bits do not sum to one, sums in 16 bits stop
-    growing, and ABSENT is -inf in float16.
-    """
+    """v in float32 or wider: 16 bits are not enough for sums over time and weights."""
     return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
-def zero_absent(x, mask):
-    """x (..., l, c) with zeros where mask (..., l) is False. None masks nothing.
+def softmax_over_present(logits, mask):
+    """Weights of the modalities: (m,), or as mask (m, b, l); 1/m if all are absent."""
+    logits = wide(logits)
+    if mask is not None:
+        logits = torch.where(mask, logits[:, None, None], -1e9)      # all -inf: NaN
+    return torch.softmax(logits, 0)
 
-    It selects and does not multiply, because inf * 0 and NaN * 0 are NaN.
-    """
+
+def zero_absent(x, mask):
+    """x (..., l, c) with zeros where mask (..., l) is False. None masks nothing."""
     if mask is None:
         return x
-    return torch.where(mask[..., None], x, 0)
+    return torch.where(mask[..., None], x, 0)            # inf * 0 and NaN * 0 are NaN
 
 
 class StackedLinear(nn.Module):
@@ -267,10 +238,9 @@ class Block(nn.Module):
         m, d_model: number of modalities, width of their features.
         d_state, expand, d_conv: n, e / d_model, steps that the convolution reads.
         dt_rank: rank of the map to delta. None is d_state // 8, the paper's choice.
-        coupling: the weights w of the chains in the state that all of them read.
-            "mean": 1/m. "learned": softmax of logits that start at zero. "sum": 1, as
-            Eq. 6 has it; H then grows like m^l and overflows after some 50 steps.
-            "none": one Mamba for each modality, nothing coupled.
+        coupling: the weights w of the chains in H. "mean": 1/m. "learned": softmax of
+            logits that start at zero. "sum": 1, as in Eq. 6; H then grows like m^l and
+            overflows after some 50 steps. "none": one Mamba for each modality.
         dropout: of the output, before the residual.
         mode: how the scan is computed, see `coupled_scan`.
     """
@@ -284,13 +254,14 @@ class Block(nn.Module):
             dt_rank = max(1, d_state // 8)
         self.coupling = coupling
         self.mode = mode
+        self.split = [dt_rank, d_state, d_state]
         e = expand * d_model
         self.norm_weight = nn.Parameter(torch.ones(m, d_model))
         self.norm_bias = nn.Parameter(torch.zeros(m, d_model))
         self.in_proj = StackedLinear(m, d_model, 2 * e)
         self.conv_weight = nn.Parameter(torch.randn(m, e, d_conv) / d_conv ** 0.5)
         self.conv_bias = nn.Parameter(torch.zeros(m, e))
-        self.x_proj = StackedLinear(m, e, dt_rank + 2 * d_state)
+        self.x_proj = StackedLinear(m, e, sum(self.split))
         self.dt_proj = StackedLinear(m, dt_rank, e)
         self.out_proj = StackedLinear(m, e, d_model)
         self.dropout = nn.Dropout(dropout)
@@ -312,22 +283,25 @@ class Block(nn.Module):
         state: what the call on the steps before returned; None: nothing came before.
         """
         m, d = self.norm_weight.shape
-        check("f", f, self.D, self.D.dtype, m=m, b=None, l=None, d=d)
+        _, b, l, _ = check("f", f, self.D, self.D.dtype, m=m, b=None, l=None, d=d)
         if mask is not None:
-            check("mask", mask, f, torch.bool, m=m, b=f.shape[1], l=f.shape[2])
-        start = self.init_state(f.shape[1])
+            check("mask", mask, f, torch.bool, m=m, b=b, l=l)
         if state is None:
-            state = start
-        check_state(state, start)
-        rank = self.dt_proj.weight.shape[1]
-        n = self.A_log.shape[2]
+            state = self.init_state(b)
+        check_state(state, self.init_state(b))
 
         normed = F.layer_norm(f, (d,)) * self.norm_weight[:, None, None]
         normed = normed + self.norm_bias[:, None, None]          # Alg. 1, line 3
         u, z = self.in_proj(normed).chunk(2, -1)              # lines 4, 5: (m, b, l, e)
-        u, conv = self.causal_conv(zero_absent(u, mask), state["conv"])
-        x = F.silu(u)                                            # line 9
-        low, B, C = self.x_proj(x).split([rank, n, n], -1)       # lines 10, 11
+
+        u = torch.cat([state["conv"].to(u.dtype), zero_absent(u, mask)], 2)
+        x = self.conv_bias[:, None, None]
+        for j, tap in enumerate(self.conv_weight.unbind(-1)):    # tap (m, e)
+            x = torch.addcmul(x, tap[:, None, None], u[:, :, j:j + l])
+        x = F.silu(x)                                            # line 9
+        conv = u[:, :, l:].to(state["conv"].dtype, copy=True)    # a view would keep u
+
+        low, B, C = self.x_proj(x).split(self.split, -1)         # lines 10, 11
         delta = self.dt_proj(low) + self.dt_bias[:, None, None]
         delta = F.softplus(delta)                                # line 12
         delta = zero_absent(delta, mask)       # at a missing step S = 1 and V = 0
@@ -343,46 +317,26 @@ class Block(nn.Module):
             w = self.weights(mask)
             return coupled_scan(x, delta, A, B, C, self.D, w, H, self.mode)
 
-        ys = []
-        states = []
+        done = []
         for i in range(len(x)):                # one modality alone is exactly Mamba
             chain = [v[i:i + 1] for v in (x, delta, A, B, C, self.D)]
-            y, H_last = coupled_scan(*chain, H0=H[i], mode=self.mode)
-            ys.append(y)
-            states.append(H_last)
+            done.append(coupled_scan(*chain, H0=H[i], mode=self.mode))
+        ys, states = zip(*done)
         return torch.cat(ys), torch.stack(states)
 
     def weights(self, mask):
         """The weights w of the chains in H (Eq. 9): (m,), or (m, b, l) with a mask.
 
-        At each step they are renormalised over the modalities that are present. If all
-        are missing, each gets 1/m; H then stays as it is, because S = 1 and V = 0.
+        If all are missing, each gets 1/m: H stays as it is, because S = 1 and V = 0.
         """
-        logits = wide(self.D).new_zeros(len(self.D))
-        if self.coupling == "sum":
-            if mask is None:
-                return logits + 1
-            return torch.where(mask.any(0), mask.to(logits.dtype), 1 / len(logits))
-
         if self.coupling == "learned":
-            logits = wide(self.coupling_logits)
-        if mask is not None:
-            logits = torch.where(mask, logits[:, None, None], ABSENT)
-        return torch.softmax(logits, 0)
-
-    def causal_conv(self, u, last_inputs):
-        """Depthwise convolution (line 9): time t reads u from t - d_conv + 1 to t.
-
-        u (m, b, l, e); last_inputs (m, b, d_conv - 1, e), what came before u. Returns
-        the result, and what comes before the next piece, in the same shapes.
-        """
-        l = u.shape[2]
-        u = torch.cat([last_inputs.to(u.dtype), u], 2)
-        out = self.conv_bias[:, None, None]
-        for j, tap in enumerate(self.conv_weight.unbind(-1)):        # tap (m, e)
-            out = torch.addcmul(out, tap[:, None, None], u[:, :, j:j + l])
-        # A copy, because a view would keep all of u in memory.
-        return out, u[:, :, l:].to(last_inputs.dtype, copy=True)
+            return softmax_over_present(self.coupling_logits, mask)
+        w = softmax_over_present(self.D.new_zeros(len(self.D)), mask)
+        if self.coupling == "mean":
+            return w
+        if mask is None:
+            return torch.ones_like(w)
+        return torch.where(mask.any(0), mask.to(w.dtype), w)
 
     def init_state(self, batch_size):
         """The state at the start: last inputs of the convolution, and H; all zero."""
@@ -413,8 +367,7 @@ class CoupledMamba(nn.Module):
         dropout: of each block's output and in the head.
         The others are those of `Block`; sizes are the paper's by default.
 
-    CoupledMamba(**model.config) is a new model of the same kind. An argument that does
-    not fit raises a ValueError that says what was expected, also in the methods.
+    CoupledMamba(**model.config) is a new model of the same kind.
     """
 
     def __init__(self, d_inputs, d_output=1, *, d_model=128, n_layers=3, d_state=64,
@@ -422,8 +375,8 @@ class CoupledMamba(nn.Module):
                  pooling="max", dropout=0.0, mode="auto"):
         super().__init__()
         if not isinstance(d_inputs, (list, tuple)) or not d_inputs:
-            raise ValueError(f"d_inputs is {d_inputs!r}, expected a list or tuple of the "
-                             "streams' feature widths, such as (768, 33, 709)")
+            raise ValueError(f"d_inputs is {d_inputs!r}, expected a list or tuple of "
+                             "the streams' feature widths, such as (768, 33, 709)")
         check_choice("pooling", pooling, ("max", "mean", "last"))
         options = dict(d_state=d_state, expand=expand, d_conv=d_conv, dt_rank=dt_rank,
                        coupling=coupling, dropout=dropout, mode=mode)
@@ -436,33 +389,28 @@ class CoupledMamba(nn.Module):
 
         m = len(d_inputs)
         self.encoders = nn.ModuleList(nn.Linear(width, d_model) for width in d_inputs)
-        self.blocks = nn.ModuleList()
-        for _ in range(n_layers):
-            self.blocks.append(Block(m, d_model, **options))
+        blocks = [Block(m, d_model, **options) for _ in range(n_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.mix = nn.ModuleList()
         if mix and m > 1:
             for _ in range(n_layers - 1):
                 self.mix.append(StackedLinear(m, (m - 1) * d_model, d_model))
+        self.pooling = pooling
         self.modality_logits = nn.Parameter(torch.zeros(m))
         self.head = nn.Sequential(nn.Linear(d_model, d_model), nn.SiLU(),
                                   nn.Dropout(dropout), nn.Linear(d_model, d_output))
 
     def forward(self, xs, mask=None):
-        """Predict (b, d_output) from whole sequences.
+        """Whole sequences xs, m tensors (b, l, d_inputs[i]) -> (b, d_output).
 
-        xs: m tensors (b, l, d_inputs[i]) in the dtype of the model. mask: (m, b, l)
-        bool, True where a modality has a real step, or None if all are real. What a
-        missing step contains is never read.
+        mask: (m, b, l) bool, True where a modality has a real step; None: all are real.
+        What a missing step contains is never read.
         """
-        self._check(xs, mask)
-        out, _ = self.advance(xs, self.init_state(len(xs[0])), mask)
-        return out
+        return self.advance(xs, self._start(xs, mask), mask)[0]
 
     def features(self, xs, mask=None):
         """The features before pooling, (m, b, l, d), 0 where missing; see `forward`."""
-        self._check(xs, mask)
-        f, _ = self._features(xs, self.init_state(len(xs[0])), mask)
-        return f
+        return self._features(xs, self._start(xs, mask), mask)[0]
 
     def advance(self, xs, state, mask=None):
         """Continue a stream by a piece of any length, l >= 1; xs, mask as in `forward`.
@@ -470,36 +418,32 @@ class CoupledMamba(nn.Module):
         state: that of the last call, or `init_state`. Returns the output, which equals
         `forward` on all steps so far, and the next state. Gradients flow through it.
         """
-        self._check(xs, mask)
-        check_state(state, self.init_state(len(xs[0])))
-        pooling = self.config["pooling"]
+        check_state(state, self._start(xs, mask))
         f, states = self._features(xs, state, mask)
         if mask is None:
             mask = f.new_ones(f.shape[:3], dtype=torch.bool)
-        pooled = self._pool(f, state[pooling], mask)
-        count = state["count"] + mask.sum(2)
-        out = self.head(self._weighted_sum(pooled, count).to(f.dtype))
-        return out, {**states, pooling: pooled, "count": count}
+        pooled = self._pool(f, state[self.pooling], mask)            # (m, b, d)
+        count = state["count"] + mask.sum(2)                         # (m, b)
+        next_state = {**states, self.pooling: pooled, "count": count}
+
+        if self.pooling == "mean":
+            pooled = pooled / count.clamp(min=1)[..., None]
+        seen = (count > 0)[..., None]                                # (m, b, 1)
+        weights = softmax_over_present(self.modality_logits, seen)
+        fused = (weights * torch.where(seen, pooled, 0)).sum(0)      # (b, d)
+        return self.head(fused.to(f.dtype)), next_state
 
     def init_state(self, batch_size):
-        """The state at the start: a flat dict of tensors.
-
-        "0.conv", "0.H", "1.conv" ...: of each block. "max", "mean" or "last" like the
-        pooling: maximum, sum or last of all features. "count": number of real steps.
+        """The state at the start, a dict of tensors: "0.conv", "0.H" ... of the blocks,
+        "max", "mean" (a sum) or "last" of the features, and "count" of the real steps.
         """
-        state = {}
-        for i, block in enumerate(self.blocks):
-            for name, v in block.init_state(batch_size).items():
-                state[f"{i}.{name}"] = v
-        pooling = self.config["pooling"]
+        state = {f"{i}.{name}": v for i, block in enumerate(self.blocks)
+                 for name, v in block.init_state(batch_size).items()}
         shape = (len(self.encoders), batch_size, self.config["d_model"])
-        start = -math.inf if pooling == "max" else 0.0
-        state[pooling] = wide(self.modality_logits).new_full(shape, start)
+        start = -math.inf if self.pooling == "max" else 0.0
+        state[self.pooling] = wide(self.modality_logits).new_full(shape, start)
         state["count"] = self.modality_logits.new_zeros(shape[:2], dtype=torch.long)
         return state
-
-    def extra_repr(self):
-        return ", ".join(f"{name}={value!r}" for name, value in self.config.items())
 
     def _features(self, xs, state, mask):
         """f (m, b, l, d) after the last block, 0 where missing; the blocks' states."""
@@ -520,65 +464,52 @@ class CoupledMamba(nn.Module):
 
     def _pool(self, f, pooled, mask):
         """Join the features f (m, b, l, d) of a piece to what is pooled, (m, b, d)."""
-        pooling = self.config["pooling"]
-        if pooling == "max":
+        if self.pooling == "max":
             real = torch.where(mask[..., None], f, -math.inf)
             return torch.maximum(pooled, real.amax(2))
-        if pooling == "mean":
+        if self.pooling == "mean":
             return pooled + f.sum(2, dtype=pooled.dtype)      # f is 0 where missing
         time = torch.arange(mask.shape[2], device=mask.device)
         last = (mask * time).argmax(2)                               # (m, b)
         f_last = torch.take_along_dim(f, last[..., None, None], 2)[:, :, 0]
         return torch.where(mask.any(2)[..., None], f_last, pooled)
 
-    def _weighted_sum(self, pooled, count):
-        """The weighted sum over the modalities with at least one real step: (b, d)."""
-        seen = (count > 0)[..., None]                                # (m, b, 1)
-        if self.config["pooling"] == "mean":
-            pooled = pooled / count.clamp(min=1)[..., None]
-        logits = wide(self.modality_logits)[:, None, None]
-        weights = torch.softmax(torch.where(seen, logits, ABSENT), 0)
-        return (weights * torch.where(seen, pooled, 0)).sum(0)
-
-    def _check(self, xs, mask):
-        """Raise ValueError unless xs are m streams of one b and l, and mask fits."""
+    def _start(self, xs, mask):
+        """The state at the start, after checks of xs and mask."""
         widths = self.config["d_inputs"]
         if not isinstance(xs, (list, tuple)) or len(xs) != len(widths):
             raise ValueError(f"xs is {described(xs)}, expected a list of {len(widths)} "
-                             f"tensors (b, l, width) with the widths {widths}; for a "
-                             "stream that is absent give zeros and a mask")
+                             f"tensors (b, l, width) with the widths {widths}")
         like = self.modality_logits
         b = l = None
         for i, (x, width) in enumerate(zip(xs, widths)):
-            check(f"xs[{i}]", x, like, like.dtype, b=b, l=l, width=width)
-            b, l = x.shape[:2]
+            b, l, _ = check(f"xs[{i}]", x, like, like.dtype, b=b, l=l, width=width)
         if mask is not None:
             check("mask", mask, like, torch.bool, m=len(xs), b=b, l=l)
+        return self.init_state(b)
 
 
 # ------------------------------------------------------------------- what was expected
 def check(name, v, like=None, dtype=None, **axes):
-    """Raise ValueError unless v is the tensor that is expected. Nothing is broadcast.
+    """The shape of v; ValueError unless v is as expected. Nothing is broadcast.
 
     like: a tensor on the same device. dtype: None is any of floating-point numbers.
     axes: their names and sizes; None is any size from 1 on.
     """
-    fits = (isinstance(v, torch.Tensor) and v.dim() == len(axes)
-            and (like is None or v.device == like.device))
-    if fits:
-        for size, wanted in zip(v.shape, axes.values()):
-            fits = fits and (size == wanted or (wanted is None and size > 0))
-        floats = v.is_floating_point() and dtype != torch.bool
-        if dtype is not None:                    # autocast converts all but float64
-            floats = (floats and v.dtype != torch.float64
-                      and torch.is_autocast_enabled(v.device.type))
-        fits = fits and (floats or v.dtype == dtype)
+    fits = (isinstance(v, torch.Tensor) and v.dim() == len(axes) and v.numel() > 0
+            and (like is None or v.device == like.device)
+            and all(size in (None, got) for size, got in zip(axes.values(), v.shape)))
+    if fits and v.dtype != dtype:
+        converts = (dtype != torch.bool and v.dtype != torch.float64
+                    and torch.is_autocast_enabled(v.device.type))
+        fits = v.is_floating_point() and (dtype is None or converts)
     if not fits:
         shape = ", ".join(f"{axis} {size or '>= 1'}" for axis, size in axes.items())
         where = "" if like is None else f" on {like.device}"
-        kind = dtype or "floating-point numbers"
-        raise ValueError(f"{name} is {described(v)}, expected a tensor of {kind} and "
-                         f"shape ({shape}){where}")
+        raise ValueError(f"{name} is {described(v)}, expected a tensor of "
+                         f"{dtype or 'floating-point numbers'} and shape "
+                         f"({shape}){where}")
+    return v.shape
 
 
 def described(v):
@@ -595,8 +526,7 @@ def check_choice(name, value, allowed):
 def check_state(state, start):
     """Raise ValueError unless `state` has the names, shapes and dtypes of `start`."""
     if not isinstance(state, dict):
-        raise ValueError(f"state is {described(state)}, expected a dict: begin with "
-                         "init_state()")
+        raise ValueError(f"state is {described(state)}, begin with init_state()")
     for name in {**start, **state}:
         got, expected = described(state.get(name)), described(start.get(name))
         if got != expected:
@@ -605,9 +535,7 @@ def check_state(state, start):
 
 
 # ================================================================= the method ends here
-# What follows computes the same numbers faster: in PyTorch (mode "scan"), and by the
-# Triton kernel. You can understand and use the model without reading it.
-
+# What follows computes the same numbers faster. The model is understood without it.
 CHUNK = 10                    # steps between two states that are kept for backward
 CACHED = 2 ** 20              # numbers of S to work on at once, for the cache: 4 MB
 
@@ -622,13 +550,10 @@ def scan(x, delta, A, B, C, w, H0):
     if not x.is_cuda:
         samples = max(1, CACHED // (CHUNK * A.numel()))
     parts = [v.transpose(0, 2).split(samples, 1) for v in (x, delta, B, C, w)]
-    ys = []
-    states = []
-    for x, delta, B, C, w, H in zip(*parts, H0.split(samples)):
-        y, H = Scan.apply(x, delta, A, B, C, w, H)                   # y (l, b, m, e)
-        ys.append(y.transpose(0, 2))
-        states.append(H)
-    return torch.cat(ys, 1), torch.cat(states)
+    done = [Scan.apply(x, delta, A, B, C, w, H)
+            for x, delta, B, C, w, H in zip(*parts, H0.split(samples))]
+    ys, states = zip(*done)                                          # y (l, b, m, e)
+    return torch.cat([y.transpose(0, 2) for y in ys], 1), torch.cat(states)
 
 
 # The chain rule on Eqs. 6 and 7, with g[m,t] = dL/dh[m,t] and G[t] = dL/dH[t]:
@@ -637,8 +562,8 @@ def scan(x, delta, A, B, C, w, H0):
 #     G[t-1] = sum_m S[m,t] g[m,t] = P[t] G[t] + Q[t]
 #     Q[t]   = sum_m S[m,t] C[m,t] dy[m,t]
 #
-# so backward is the same recurrence as Eq. 7, run from the end. With v = delta x, so
-# that V = v B, and with z = g S H[t-1], the gradients of a step are
+# so backward is the same recurrence as Eq. 7, run from the end (kernel.py uses Q). With
+# v = delta x, so that V = v B, and z = g S H[t-1], the gradients of a step are
 #
 #     ddelta = sum_n z A + dv x     dA = sum_bl z delta     dw = sum_en G h
 #     dv = sum_n g B                dx = dv delta           dH0 = G before step 1
@@ -651,9 +576,8 @@ class Scan(torch.autograd.Function):
     """Kept for backward: the inputs, and H before each chunk of CHUNK steps.
 
     Time comes first here: x, delta (l, b, m, e), A (m, e, n), B, C (l, b, m, n),
-    w (l, b, m), H (b, e, n). Large tensors are made once and reused with out=, since
-    new memory costs as much as the sums. Sums over modalities or channels are matrix
-    products with one row, which read a large tensor only once.
+    w (l, b, m), H (b, e, n). Large tensors are made once and reused, since new memory
+    costs as much as the sums; those are matrix products, which read a tensor only once.
     """
 
     @staticmethod
@@ -662,78 +586,65 @@ class Scan(torch.autograd.Function):
         n = A.shape[-1]
         A2 = A * math.log2(math.e)                       # exp2 is faster than exp
         S = x.new_empty(min(CHUNK, l), b, m, e, n)
-        S_t = S.unbind()
-        rows_t = S.flatten(3).unbind()                   # the same memory: (b, m, e n)
         v = delta * x
-        wv_t = (w[..., None] * v).mT.unbind()            # (b, e, m)
-        w_t = w[:, :, None].unbind()                     # (b, 1, m)
-        B_t = B.unbind()                                 # (b, m, n)
+        wv = (w[..., None] * v).mT                       # (l, b, e, m)
         y = v * (B * C).sum(-1, keepdim=True)            # v (C . B)
         kept = []
 
         for first in range(0, l, CHUNK):
             if any(ctx.needs_input_grad):
                 kept.append(H)
-            steps = slice(first, min(first + CHUNK, l))
-            SH = S[:steps.stop - first]
-            torch.mul(delta[steps, ..., None], A2, out=SH).exp2_()
-            for i, t in enumerate(range(first, steps.stop)):
-                S_t[i].mul_(H[:, None])                                 # S H of Eq. 6
-                PH = torch.bmm(w_t[t], rows_t[i]).view(b, e, n)
-                H = PH.baddbmm_(wv_t[t], B_t[t])                        # P H + U, Eq. 7
-            y[steps] += rows_times(C[steps], SH.mT)                     # C . (S H)
+            chunk = slice(first, first + CHUNK)
+            SH = S[:l - first]                           # the last chunk may be shorter
+            torch.mul(delta[chunk, ..., None], A2, out=SH).exp2_()
+            rows = SH.flatten(3)                         # the same memory: (b, m, e n)
+            steps = zip(SH, rows, w[chunk, :, None], wv[chunk], B[chunk])
+            for SH_t, rows_t, w_t, wv_t, B_t in steps:
+                SH_t.mul_(H[:, None])                                   # S H of Eq. 6
+                PH = torch.bmm(w_t, rows_t).view(b, e, n)
+                H = PH.baddbmm_(wv_t, B_t)                              # P H + U, Eq. 7
+            y[chunk] += (C[chunk][..., None, :] @ SH.mT).squeeze(3)     # C . (S H)
         ctx.save_for_backward(x, delta, A, B, C, w, *kept)
         return y, H
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, G):
         x, delta, A, B, C, w, *kept = ctx.saved_tensors
-        dx, ddelta, dB, dC, dw = (torch.empty(v.shape, dtype=v.dtype, device=v.device)
-                                  for v in (x, delta, B, C, w))
+        dx, ddelta, dB, dC, dw = (v.new_empty(v.shape) for v in (x, delta, B, C, w))
         dA = torch.zeros_like(A)
         work = A.new_empty(2, min(CHUNK, len(x)), len(G), *A.shape)
-        needs_dw = ctx.needs_input_grad[5]
         with torch.autocast(dy.device.type, enabled=False):
             for i in reversed(range(len(kept))):
-                steps = slice(i * CHUNK, i * CHUNK + CHUNK)
-                now = [u[steps].contiguous() for u in (x, delta, B, C, w, dy)]
-                found = chunk_gradients(*now, A, kept[i], G, work[:, :len(now[0])],
-                                        needs_dw)
-                dx[steps], ddelta[steps], dB[steps], dC[steps], dw[steps] = found[:5]
-                dA += found[5]
-                G = found[6]
-        if not needs_dw:
-            dw = None
+                chunk = slice(i * CHUNK, i * CHUNK + CHUNK)
+                now = [u[chunk].contiguous() for u in (x, delta, B, C, w, dy)]
+                *found, dA_chunk, G = chunk_gradients(*now, A, kept[i], G, work,
+                                                      ctx.needs_input_grad[5])
+                dx[chunk], ddelta[chunk], dB[chunk], dC[chunk], dw[chunk] = found
+                dA += dA_chunk
         return dx, ddelta, dA, dB, dC, dw, G
-
-
-def rows_times(rows, matrices):
-    """Rows (l, b, m, n) times matrices (l, b, m, n, e): (l, b, m, e)."""
-    products = torch.bmm(rows.reshape(-1, 1, rows.shape[-1]), matrices.flatten(0, 2))
-    return products.view(*rows.shape[:3], -1)
 
 
 def chunk_gradients(x, delta, B, C, w, dy, A, H, G, work, needs_dw):
     """Gradients of x, delta, B, C, w, A and H, from H before a chunk and G after it."""
-    S, g = work                                          # (k, b, m, e, n)
-    k, b, m, e, n = S.shape
+    S, g = work[:, :len(x)]          # (k, b, m, e, n); g also holds products for a sum
+    b, m, e, n = S.shape[1:]
     v = delta * x
     torch.mul(delta[..., None], A * math.log2(math.e), out=S).exp2_()
-    P = torch.bmm(w.view(k * b, 1, m), S.view(k * b, m, e * n)).view(k, b, e, n)
-    U = torch.bmm((w[..., None] * v).flatten(0, 1).mT, B.flatten(0, 1)).view(k, b, e, n)
+    P = (w[:, :, None] @ S.flatten(3)).view(-1, b, e, n)
+    U = (w[..., None] * v).mT @ B
     H_t = [H]                                            # step t reads H_t[t]
-    for P_t, U_t in zip(P.unbind(), U.unbind()):
+    for P_t, U_t in zip(P, U):
         H_t.append(torch.addcmul(U_t, P_t, H_t[-1]))                    # Eq. 7
-    H = torch.stack(H_t[:k])[:, :, None]                           # (k, b, 1, e, n)
+    H = torch.stack(H_t[:-1])[:, :, None]                           # (k, b, 1, e, n)
 
-    dySH = rows_times(dy, torch.mul(S, H, out=g))                       # sum_e dy S H
+    dySH = (dy[..., None, :] @ torch.mul(S, H, out=g)).squeeze(3)       # sum_e dy S H
     torch.mul(dy[..., None], C[..., None, :], out=g)                    # C dy
     dw = torch.zeros_like(w)
     ones = S.new_ones(b, 1, m)
     G_t = [G]                                            # the last step comes first
-    steps = zip(S.unbind(), g.unbind(), H_t, w[..., None, None].unbind(), dw.unbind())
-    for S_t, g_t, H_before, w_t, dw_t in reversed(list(steps)):
+    steps = list(zip(S, g, H_t, w[..., None, None], dw))
+    for S_t, g_t, H_before, w_t, dw_t in reversed(steps):
         rows = S_t.flatten(2)                                           # (b, m, e n)
         if needs_dw:                                     # it takes a tenth of the time
             GH = (G_t[-1] * H_before).view(b, 1, e * n)
@@ -744,9 +655,9 @@ def chunk_gradients(x, delta, B, C, w, dy, A, H, G, work, needs_dw):
     zA = torch.mul(z, A, out=g).sum(-1)
     dA = torch.mul(z, delta[..., None], out=g).flatten(0, 1).sum(0)
 
-    G = torch.stack(G_t[-2::-1]).flatten(0, 1)                          # (k b, e, n)
-    GB = torch.bmm(B.flatten(0, 1), G.mT).view(k, b, m, e)              # sum_n G B
-    Gv = torch.bmm(v.flatten(0, 1), G).view(k, b, m, n)                 # sum_e G v
+    G = torch.stack(G_t[-2::-1])                                    # (k, b, e, n)
+    GB = B @ G.mT                                                       # (k, b, m, e)
+    Gv = v @ G                                                          # (k, b, m, n)
     dv = dy * (C * B).sum(-1, keepdim=True) + w[..., None] * GB
     vdy = (v * dy).sum(-1, keepdim=True)
     dB = C * vdy + w[..., None] * Gv
@@ -760,8 +671,6 @@ def chunk_gradients(x, delta, B, C, w, dy, A, H, G, work, needs_dw):
 def load_kernel():
     """kernel.py in the folder of this file, found by its path: no other is taken."""
     file = Path(__file__).with_name("kernel.py")
-    if not file.exists():
-        raise ImportError(f"there is no kernel.py in the folder {file.parent}")
     spec = importlib.util.spec_from_file_location("coupled_mamba_kernel", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -772,16 +681,15 @@ def kernel_problem(x, A):
     """Why kernel.py cannot serve x and A, or None if it can."""
     try:
         return load_kernel().unavailable(x, A)
-    except ImportError as error:
-        return f"kernel.py cannot be imported ({error}); it needs Triton"
+    except (ImportError, OSError) as error:
+        return f"kernel.py cannot be imported, which needs Triton ({error})"
 
 
 def triton_scan(x, delta, A, B, C, w, H0):
-    """Mode "kernel": Eq. 7 in Triton, by kernel.py in the folder of this file."""
+    """Mode "kernel": Eqs. 6 and 7 in Triton, by kernel.py."""
     reason = kernel_problem(x, A)
     if reason:
-        raise ValueError(f"mode='kernel' cannot run: {reason}. Use mode='scan', which "
-                         "runs on any device")
+        raise ValueError(f"mode='kernel' cannot run: {reason}. Use mode='scan'")
     return load_kernel().scan(x, delta, A, B, C, w, H0)
 
 
@@ -789,19 +697,13 @@ MODES = {"recurrence": recurrence, "convolution": convolution, "scan": scan,
          "kernel": triton_scan}
 
 
-def run_mode(mode, *arguments):
-    """y without D x, and H_last. "auto" is the kernel on a GPU that can run it."""
-    if mode == "auto":
-        mode = choose_mode(arguments[0], arguments[2])
-    return MODES[mode](*arguments)
-
-
 def choose_mode(x, A):
+    """The mode that "auto" stands for; a warning says why a GPU goes without kernel."""
     if not x.is_cuda:
         return "scan"
     reason = kernel_problem(x, A)
-    if reason:
-        warnings.warn("coupled_scan goes on in PyTorch (mode='scan') and not in the "
-                      f"Triton kernel: {reason}", stacklevel=4)
-        return "scan"
-    return "kernel"
+    if not reason:
+        return "kernel"
+    warnings.warn("coupled_scan goes on in PyTorch (mode='scan') and not in the Triton "
+                  f"kernel: {reason}", stacklevel=3)
+    return "scan"

@@ -44,9 +44,8 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 
 # ------------------------------------------------------------------------- the kernels
-# All tensors are contiguous and of one type, float32 or float64. BE divides e, and n is
-# a power of two, so no load needs a mask. Offsets into states of segments and chunks
-# have 64 bits, all others 32, which is faster.
+# All tensors are contiguous, float32 or float64. BE divides e and n is a power of two:
+# no load needs a mask. Offsets into kept states have 64 bits, others 32, for speed.
 @triton.jit
 def _place(segments, BE: tl.constexpr, N: tl.constexpr):
     """Of this program: its sample, its segment, its channels, the states, its tile."""
@@ -193,7 +192,6 @@ def _backward(
     work += tl.arange(0, BE)[:, None] * N + states[None, :]
     dw += tl.program_id(1).to(tl.int64) * M * b * l
     dA += tl.program_id(0).to(tl.int64) * M * e * N
-
     A2 = _load_A2(A, tile, e * N, M)
     dA_ = ()
     for k in tl.static_range(M):
@@ -339,11 +337,10 @@ class Scan(torch.autograd.Function):
 
 # --------------------------------------------------------------------------- the entry
 def scan(x, delta, A, B, C, w, H0):
-    """The coupled scan, for arguments that `coupled_mamba.coupled_scan` has checked.
+    """Mode "kernel", for arguments that `coupled_mamba.coupled_scan` has checked.
 
-    All are float32, or all float64, in any memory layout; shapes as in `_forward`.
-    Returns y (m, b, l, e) without the skip D x, and H_last (b, e, n). Differentiable
-    once. dB and dC are added up in an order that changes from run to run.
+    All are float32, or all float64; shapes as in `_forward`. Returns y without D x, and
+    H_last. Differentiable once. Sums in dB and dC have no fixed order.
     """
     return Scan.apply(x, delta, A, B, C, w, H0)
 
@@ -397,7 +394,6 @@ def main():
     if gpu:
         sizes += [(3, 128, 50, 256, 64), (3, 16, 500, 256, 64), (3, 1, 4000, 256, 64)]
     worst = 0
-
     print(f"error / largest value, against mode='recurrence' in float64, on {device}")
     for m, b, l, e, n in sizes:
         torch.manual_seed(0)
