@@ -41,10 +41,9 @@ The axes always have this order: m modalities, b batch, l time, then the channel
     P, U                P, U     (b, l, e, n)       transition and input of H, Eq. 7
 
 Reading order: `recurrence` is the definition (Eq. 6), `collapse` the idea that makes it
-cheap (Eq. 7), `convolution` the global convolution kernel (Eq. 8). `coupled_scan` runs
-any of them; to scan is to compute a recurrence over time. `Block` is Algorithm 1 and
-`CoupledMamba` Figure 1. There the method ends. The rest computes it fast; its mode
-"kernel" is a program for GPUs, not the kernel of a convolution.
+cheap (Eq. 7), `convolution` the global convolution kernel (Eq. 8); `coupled_scan` runs
+any of them. `Block` is Algorithm 1, `CoupledMamba` Figure 1. There the method ends. The
+rest computes it fast; its mode "kernel" is a program for GPUs, not a convolution's.
 """
 import functools
 import importlib.util
@@ -70,9 +69,8 @@ def discretize(x, delta, A, B):
     return S, V
 
 
-def recurrence(x, delta, A, B, C, w, H0):
+def recurrence(x, delta, A, B, C, w, H):
     """Mode "recurrence": Eq. 6 as written, one step after the other. The reference."""
-    H = H0
     ys = []
     steps = zip(x.unbind(2), delta.unbind(2), B.unbind(2), C.unbind(2), w.unbind(2))
     for x_t, delta_t, B_t, C_t, w_t in steps:
@@ -115,9 +113,8 @@ def convolution(x, delta, A, B, C, w, H0):
     P, U = collapse(S, V, w)                                           # (b, l, e, n)
 
     # P[t] ... P[s+1] is exp of a difference of cumulative logarithms, which is <= 0
-    # while the weights sum to one. A quotient of products would soon be 0 / 0. A P that
-    # was rounded to 0 would give NaN, so we add a number far below all P that matter,
-    # but not tiny itself: in backward 1 / tiny would overflow.
+    # while the weights sum to one. A quotient of products would soon be 0 / 0. So that
+    # P = 0 gives no NaN, a number is added (not tiny: 1 / tiny overflows in backward).
     log_P = torch.log(P + torch.finfo(P.dtype).tiny ** 0.5).cumsum(1)
     exponent = log_P[:, :, None] - log_P[:, None]                      # (b, t, s, e, n)
     causal = torch.ones(l, l, dtype=torch.bool, device=x.device).tril()
@@ -132,9 +129,8 @@ def convolution(x, delta, A, B, C, w, H0):
 
 
 def fft_convolution(x, delta, A, B, C, w):
-    """y (m, b, l, e) by Eq. 8 as the paper has it, with an FFT and from H0 = 0.
-
-    O(l log l). Parameters are constant: delta (m, b, e), B and C (m, b, n), w (m,).
+    """y (m, b, l, e) by Eq. 8 as the paper has it, by FFT in O(l log l) from H0 = 0, for
+    constant parameters: delta (m, b, e), B and C (m, b, n), w (m,).
     """
     l = x.shape[2]
     S, V = discretize(torch.ones_like(delta), delta, A, B)             # V of x = 1
@@ -196,7 +192,7 @@ def coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None, mode="auto"):
 
 # ------------------------------------------------------------------- the model
 def wide(v):
-    """v in float32 or wider: 16 bits are not enough for sums over time and weights."""
+    """v in float32 or wider: 16 bits are not enough for weights and sums over time."""
     return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
@@ -241,8 +237,7 @@ class Block(nn.Module):
         coupling: the weights w of the chains in H. "mean": 1/m. "learned": softmax of
             logits that start at zero. "sum": 1, as in Eq. 6; H then grows like m^l and
             overflows after some 50 steps. "none": one Mamba for each modality.
-        dropout: of the output, before the residual.
-        mode: how the scan is computed, see `coupled_scan`.
+        dropout: of the output, before the residual.  mode: see `coupled_scan`.
     """
 
     def __init__(self, m, d_model, *, d_state=64, expand=2, d_conv=4, dt_rank=None,
@@ -361,8 +356,7 @@ class CoupledMamba(nn.Module):
 
     Args:
         d_inputs: the feature width of each stream, such as (768, 33, 709).
-        d_output: the width of the prediction.
-        mix: whether there is the "Cat" between blocks.
+        d_output: the width of the prediction.  mix: whether there is the "Cat".
         pooling: "max", "mean" or "last" (the last real step) over time.
         dropout: of each block's output and in the head.
         The others are those of `Block`; sizes are the paper's by default.
@@ -409,7 +403,7 @@ class CoupledMamba(nn.Module):
         return self.advance(xs, self._start(xs, mask), mask)[0]
 
     def features(self, xs, mask=None):
-        """The features before pooling, (m, b, l, d), 0 where missing; see `forward`."""
+        """The features before pooling, (m, b, l, d), 0 where missing."""
         return self._features(xs, self._start(xs, mask), mask)[0]
 
     def advance(self, xs, state, mask=None):
@@ -426,9 +420,9 @@ class CoupledMamba(nn.Module):
         count = state["count"] + mask.sum(2)                         # (m, b)
         next_state = {**states, self.pooling: pooled, "count": count}
 
+        seen = (count > 0)[..., None]                                # (m, b, 1)
         if self.pooling == "mean":
             pooled = pooled / count.clamp(min=1)[..., None]
-        seen = (count > 0)[..., None]                                # (m, b, 1)
         weights = softmax_over_present(self.modality_logits, seen)
         fused = (weights * torch.where(seen, pooled, 0)).sum(0)      # (b, d)
         return self.head(fused.to(f.dtype)), next_state
@@ -576,8 +570,8 @@ class Scan(torch.autograd.Function):
     """Kept for backward: the inputs, and H before each chunk of CHUNK steps.
 
     Time comes first here: x, delta (l, b, m, e), A (m, e, n), B, C (l, b, m, n),
-    w (l, b, m), H (b, e, n). Large tensors are made once and reused, since new memory
-    costs as much as the sums; those are matrix products, which read a tensor only once.
+    w (l, b, m), H (b, e, n). Large tensors are reused, as new memory costs as much as
+    the sums, which are matrix products where they can be.
     """
 
     @staticmethod

@@ -353,7 +353,7 @@ def _mmsa(path, name, task):
             if _take(tables, key).ndim == 3:
                 unused.append(key)
     notes = [f"not used: {key}" for key in unused]
-    if largest < 0.999 * spec.scale:
+    if largest < spec.scale / 2:
         notes.append(f"labels: at most {largest:.3g} in size, published {spec.scale:g}")
     return raw, spec, notes
 
