@@ -194,6 +194,8 @@ def cut(chunk, cached, tile, segments):
 CUTS = st.builds(dict, chunk=st.sampled_from([1, 4, 16]),
                  cached=st.sampled_from([1, 300, 2 ** 20]),
                  tile=st.sampled_from([8, 64, 512]), segments=st.booleans())
+underflowing = problem(m=1)
+underflowing["delta"] *= 1e5                     # P is 0 at many steps
 AS_SHIPPED = dict(chunk=coupled_mamba.CHUNK, cached=coupled_mamba.CACHED, tile=512,
                   segments=False)
 READ = st.sampled_from(["all", "y", "H", "last"])
@@ -202,6 +204,7 @@ FROZEN = st.sets(st.sampled_from(["delta", "A", "B", "C", "D", "w", "H0"]), max_
 
 @given(st.sampled_from(["convolution", "scan"]), problems, CUTS, READ, FROZEN)
 @example("convolution", problem(l=100), AS_SHIPPED, "last", set())
+@example("convolution", underflowing, AS_SHIPPED, "all", set())
 @example("scan", problem(l=300), AS_SHIPPED, "last", set())
 @example("scan", problem(l=301, masked=True), AS_SHIPPED, "all", set())
 def test_the_modes_agree_in_values_and_every_gradient(mode, p, cuts, read, frozen):
@@ -795,6 +798,18 @@ def test_the_state_stays_as_it_is_over_a_gap_of_1000_steps(coupling, dtype):
     assert out.dtype == dtype and silent["0.H"].dtype == torch.float32
     assert_close(silent["0.H"], one_step["0.H"], 1e-6)
     assert_close(silent["1.H"], one_step["1.H"], 1e-6)
+
+
+def test_a_narrow_block_computes_with_A_and_weights_in_float32(monkeypatch):
+    seen = []
+
+    def note(x, delta, A, B, C, D, w, H, mode):
+        seen.append((A.dtype, w.dtype, H.dtype))
+        return coupled_scan(x, delta, A, B, C, D, w, H, mode)
+
+    monkeypatch.setattr(coupled_mamba, "coupled_scan", note)
+    Block(2, 8, d_state=4).bfloat16()(torch.randn(2, 1, 3, 8).bfloat16())
+    assert seen == [(torch.float32,) * 3]
 
 
 @pytest.mark.parametrize("dtype", NARROW)
