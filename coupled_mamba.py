@@ -43,7 +43,7 @@ The axes always have this order: m modalities, b batch, l time, then the channel
 Reading order: `recurrence` is the definition (Eq. 6), `collapse` the idea that makes it
 cheap (Eq. 7), `convolution` the global convolution kernel (Eq. 8); `coupled_scan` runs
 any of them. `Block` is Algorithm 1, `CoupledMamba` Figure 1. There the method ends. The
-rest computes it fast; its mode "kernel" is a program for GPUs, not a convolution's.
+rest computes it fast; "kernel" means a program for GPUs there, and not a convolution.
 """
 import functools
 import importlib.util
@@ -60,8 +60,8 @@ from torch import nn
 def discretize(x, delta, A, B):
     """The transition S and the input V of each chain (Eq. 2, Alg. 1 lines 13 and 14).
 
-    x, delta (m, b, l, e), A (m, e, n), B (m, b, l, n) -> S, V (m, b, l, e, n). For one
-    step, the axis l is left out.
+    x, delta (m, b, l, e), A (m, e, n), B (m, b, l, n) -> S, V (m, b, l, e, n); or, for
+    one step, all of them without the axis l.
     """
     S = torch.exp(torch.einsum("m...e,men->m...en", delta, A))      # Alg. 1, line 13
     # NOTE: V is the Euler step that Mamba takes, not the exact integral over the step.
@@ -77,7 +77,7 @@ def recurrence(x, delta, A, B, C, w, H):
         S, V = discretize(x_t, delta_t, A, B_t)         # (m, b, e, n)
         h = S * H + V                                   # Eq. 6, the coupled transition
         ys.append(torch.einsum("mben,mbn->mbe", h, C_t))
-        H = torch.einsum("kb,kben->ben", w_t, h)        # in Eq. 5 a sum for each chain
+        H = torch.einsum("kb,kben->ben", w_t, h)        # Eq. 5 has one for each chain
     return torch.stack(ys, 2), H
 
 
@@ -129,8 +129,8 @@ def convolution(x, delta, A, B, C, w, H0):
 
 
 def fft_convolution(x, delta, A, B, C, w):
-    """y (m, b, l, e) by Eq. 8 as the paper has it, by FFT in O(l log l) from H0 = 0, for
-    constant parameters: delta (m, b, e), B and C (m, b, n), w (m,).
+    """y (m, b, l, e) by Eq. 8 as the paper has it: by FFT, in O(l log l), from H0 = 0,
+    for constant parameters delta (m, b, e), B and C (m, b, n), w (m,).
     """
     l = x.shape[2]
     S, V = discretize(torch.ones_like(delta), delta, A, B)             # V of x = 1
@@ -154,7 +154,7 @@ def coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None, mode="auto"):
     """Run M coupled state space models over a sequence (Eqs. 2-7, Alg. 1 lines 13-15).
 
     Args:
-        x, delta: (m, b, l, e), input and step size > 0; where it is 0, h[m,t] = H[t-1].
+        x, delta: (m, b, l, e), input and step size; delta = 0 means h[m,t] = H[t-1].
         A: (m, e, n), < 0.  B, C: (m, b, l, n).  D: (m, e), or None for zero.
         w: (m,) or (m, b, l), or None for 1/m.  H0: (b, e, n), or None for zero.
         mode: "recurrence", "convolution", "scan" (any device), "kernel" (NVIDIA GPU),
@@ -216,7 +216,7 @@ class StackedLinear(nn.Module):
 
     NOTE: the initialisation keeps the variance; nn.Linear's would keep a third of it.
     What y gets from the state is cubic in x, because B and C depend on x, too: at the
-    start it is 0.1 of the skip D x here, and would be 0.002 of it there.
+    start it is 0.1 of the skip D x; with nn.Linear's it would be 0.002 of it.
     """
 
     def __init__(self, m, d_in, d_out):
@@ -236,7 +236,7 @@ class Block(nn.Module):
         dt_rank: rank of the map to delta. None is d_state // 8, the paper's choice.
         coupling: the weights w of the chains in H. "mean": 1/m. "learned": softmax of
             logits that start at zero. "sum": 1, as in Eq. 6; H then grows like m^l and
-            overflows after some 50 steps. "none": one Mamba for each modality.
+            overflows within some 100 steps. "none": one Mamba for each modality.
         dropout: of the output, before the residual.  mode: see `coupled_scan`.
     """
 
@@ -676,7 +676,7 @@ def kernel_problem(x, A):
     try:
         return load_kernel().unavailable(x, A)
     except (ImportError, OSError) as error:
-        return f"kernel.py cannot be imported, which needs Triton ({error})"
+        return f"kernel.py must lie beside this file and needs Triton ({error})"
 
 
 def triton_scan(x, delta, A, B, C, w, H0):

@@ -710,7 +710,8 @@ def make_parser():
     add = parser.add_argument_group("model").add_argument
     add("--fusion", choices=["coupled", "mamba", "average", "concat", "attention"],
         default="coupled", help="coupled: the paper's; mamba: one Mamba per modality; "
-        "average, concat: one for all; attention: each modality attends to the others")
+        "average, concat: one Mamba on linear maps of all streams, which differ in "
+        "width; attention: each modality attends to the others")
     add("--coupling", default="mean", choices=["mean", "learned", "sum", "none"],
         help="weights of the coupled states; sum is Eq. 6, which grows without limit")
     add("--no-mix", action="store_true", help="leave out the Cat between two blocks")
@@ -728,8 +729,9 @@ def make_parser():
     add("--batch-size", default=128, **N, help="samples per step and process")
     add("--lr", default=5e-4, **rate, help="learning rate, halved every 50 epochs")
     add("--optimizer", default="adamw", choices=["adamw", "adam"],
-        help="adam, as in the paper, can keep the coupling from being learned")
-    add("--weight-decay", default=5e-4, **rate, help="only of the weights of maps")
+        help="adam adds the decay, of maps only, to the gradient as the paper does; it "
+        "can keep the coupling from being learned")
+    add("--weight-decay", default=5e-4, **rate, help="of the weights of maps only")
     add("--patience", default=0, **from_0, help="stop N epochs after the best; 0 never")
     add("--seeds", default=5, **N, help="number of runs")
     add("--seed", default=0, **from_0, help="of the first run; the next ones count on")
