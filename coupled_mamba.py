@@ -631,17 +631,18 @@ def chunk_gradients(x, delta, B, C, w, dy, A, H, G, work, needs_dw):
     for P_t, U_t in zip(P, U):
         H_t.append(torch.addcmul(U_t, P_t, H_t[-1]))                    # Eq. 7
     H = torch.stack(H_t[:-1])[:, :, None]                           # (k, b, 1, e, n)
+    del P, U, P_t, U_t, H_t                  # their memory serves for what comes next
 
     dySH = (dy[..., None, :] @ torch.mul(S, H, out=g)).squeeze(3)       # sum_e dy S H
     torch.mul(dy[..., None], C[..., None, :], out=g)                    # C dy
     dw = torch.zeros_like(w)
     ones = S.new_ones(b, 1, m)
     G_t = [G]                                            # the last step comes first
-    steps = list(zip(S, g, H_t, w[..., None, None], dw))
+    steps = list(zip(S, g, H, w[..., None, None], dw))
     for S_t, g_t, H_before, w_t, dw_t in reversed(steps):
         rows = S_t.flatten(2)                                           # (b, m, e n)
         if needs_dw:                                     # it takes a tenth of the time
-            GH = (G_t[-1] * H_before).view(b, 1, e * n)
+            GH = (G_t[-1] * H_before[:, 0]).view(b, 1, e * n)
             dw_t += torch.bmm(GH, rows.mT)[:, 0]                        # sum_en G S H
         S_t.mul_(g_t.addcmul_(w_t, G_t[-1][:, None]))                   # S g
         G_t.append(torch.bmm(ones, rows).view(b, e, n))                 # G[t-1]
