@@ -2574,7 +2574,7 @@ def test_the_benchmark_reads_a_stream_in_pieces_of_64_steps(monkeypatch):
     assert lengths == [64, 64, 22]
 
 
-@pytest.mark.parametrize("case, trains", zip(train.CASES, [False, False, True]))
+@pytest.mark.parametrize("case, trains", [*zip(train.CASES, [False, False, True])])
 def test_the_benchmark_trains_only_in_a_training_step(case, trains, monkeypatch):
     model = model_of().float()
     model.config["d_inputs"] = data.SPECS["mosi"].widths
