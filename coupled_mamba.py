@@ -360,7 +360,6 @@ class CoupledMamba(nn.Module):
         pooling: "max", "mean" or "last" (the last real step) over time.
         dropout: of each block's output and in the head.
         The others are those of `Block`; sizes are the paper's by default.
-
     CoupledMamba(**model.config) is a new model of the same kind.
     """
 
@@ -551,20 +550,17 @@ def scan(x, delta, A, B, C, w, H0):
 
 
 # The chain rule on Eqs. 6 and 7, with g[m,t] = dL/dh[m,t] and G[t] = dL/dH[t]:
-#
 #     g[m,t] = C[m,t] dy[m,t] + w[m,t] G[t]
 #     G[t-1] = sum_m S[m,t] g[m,t] = P[t] G[t] + Q[t]
 #     Q[t]   = sum_m S[m,t] C[m,t] dy[m,t]
 #
 # so backward is the same recurrence as Eq. 7, run from the end (kernel.py uses Q). With
 # v = delta x, so that V = v B, and z = g S H[t-1], the gradients of a step are
-#
 #     ddelta = sum_n z A + dv x     dA = sum_bl z delta     dw = sum_en G h
 #     dv = sum_n g B                dx = dv delta           dH0 = G before step 1
 #     dB = sum_e g v                dC = sum_e dy h
 #
 # Sums of h and g are taken term by term, so that neither h nor V is formed:
-#
 #     C . h = C . (S H) + v (C . B)            sum_n g B = dy (C . B) + w sum_n G B
 class Scan(torch.autograd.Function):
     """Kept for backward: the inputs, and H before each chunk of CHUNK steps.
