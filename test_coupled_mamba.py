@@ -2607,6 +2607,7 @@ def test_peak_memory_is_that_of_the_work_alone():
 
 def test_a_case_runs_in_a_process_of_its_own():
     assert train.in_own_process(os.getpid) not in (os.getpid(), None)
+    assert train.in_own_process(len, train.ATTENTION_CASES[0]) == 4
 
 
 # ------------------------------------------------------------ README
