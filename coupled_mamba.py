@@ -112,17 +112,17 @@ def convolution(x, delta, A, B, C, w, H0):
     S, V = discretize(x, delta, A, B)
     P, U = collapse(S, V, w)                                           # (b, l, e, n)
 
-    # P[t] ... P[s+1] is exp of a difference of cumulative logarithms, which is <= 0
-    # while the weights sum to one. A quotient of products would soon be 0 / 0. So that
-    # P = 0 gives no NaN, a number is added (not tiny: 1 / tiny overflows in backward).
-    log_P = torch.log(P + torch.finfo(P.dtype).tiny ** 0.5).cumsum(1)
-    exponent = log_P[:, :, None] - log_P[:, None]                      # (b, t, s, e, n)
-    causal = torch.ones(l, l, dtype=torch.bool, device=x.device).tril()
-    exponent = exponent.masked_fill(~causal[:, :, None, None], -math.inf)
-    kernel = torch.exp(exponent)
+    # P[t] ... P[s+1] is exp of a sum of logarithms. Each sum is taken by itself: in the
+    # gradient of a difference of cumulative sums, a small P is lost beside a large one.
+    # So that P = 0 gives no NaN, a number is added, whose inverse does not overflow.
+    log_P = torch.log(P + torch.finfo(P.dtype).tiny ** 0.5)
+    t = torch.arange(l, device=x.device)[:, None, None, None]
+    s = t.transpose(0, 1)
+    sums = torch.where(s < t, log_P[:, :, None], 0).cumsum(1)          # (b, t, s, e, n)
+    kernel = torch.where(s <= t, torch.exp(sums), 0)
 
     H = torch.einsum("btsen,bsen->bten", kernel, U)
-    H = H + torch.exp(log_P) * H0[:, None]
+    H = H + torch.exp(log_P.cumsum(1)) * H0[:, None]
     H_before = torch.cat([H0[:, None], H[:, :-1]], 1)                  # H[t-1]
     y = torch.einsum("mblen,mbln->mble", S * H_before + V, C)
     return y, H[:, -1]
