@@ -14,16 +14,17 @@ weights with all that a prediction needs (seed0.pt).
 # In this order: metrics, fusions, an epoch, a seed, all seeds, benchmark, command line.
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
 import re
-import signal
 import sys
 import time
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+import timeit
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import data
 from coupled_mamba import MODES, CoupledMamba, StackedLinear, zero_absent
 
+FUSIONS = ("coupled", "mamba", "average", "concat", "attention")
+
 
 # ------------------------------------------------------------------------------ metrics
 def f1_scores(true, pred):
@@ -44,19 +47,15 @@ def f1_scores(true, pred):
     return 2 * (true & pred).sum(0) / np.maximum(true.sum(0) + pred.sum(0), 1)
 
 
-def accuracy_f1(true, pred):
-    """Accuracy, F1 weighted by how often a class is true, and the plain mean of F1."""
-    if len(true) == 0:           # no sample that could be judged
-        return math.nan, math.nan, math.nan
-    classes = np.union1d(true, pred)
-    true_is = true[:, None] == classes
-    f1 = f1_scores(true_is, pred[:, None] == classes)
-    return float(np.mean(true == pred)), float(f1 @ true_is.mean(0)), float(f1.mean())
-
-
-def two_classes(true, pred, suffix=""):
-    accuracy, f1, _ = accuracy_f1(true, pred)
-    return {"Acc-2" + suffix: accuracy, "F1" + suffix: f1}
+def accuracy_f1(true, pred, *names):
+    """Under `names`: accuracy, F1 weighted by how often a class is true, mean of F1."""
+    values = [math.nan] * 3                  # where no sample can be judged
+    if len(true):
+        classes = np.union1d(true, pred)
+        true_is = true[:, None] == classes
+        f1 = f1_scores(true_is, pred[:, None] == classes)
+        values = [np.mean(true == pred), f1 @ true_is.mean(0), f1.mean()]
+    return dict(zip(names, map(float, values)))
 
 
 def regression_metrics(pred, true, scale):
@@ -64,25 +63,22 @@ def regression_metrics(pred, true, scale):
 
     scale is 3 (mosi, mosei), 1 (sims, simsv2), or 0: any range, with MAE and Corr only.
     """
-    pred = pred.astype(np.float32).astype(np.float64)
-    true = true.astype(np.float32).astype(np.float64)
+    pred, true = [np.float64(np.float32(v)) for v in (pred, true)]
     metrics = {}
     if scale == 3:
         some = true != 0
-        metrics |= two_classes(true[some] > 0, pred[some] > 0)
-        metrics |= two_classes(true >= 0, pred >= 0, " with 0")
+        metrics |= accuracy_f1(true[some] > 0, pred[some] > 0, "Acc-2", "F1")
+        metrics |= accuracy_f1(true >= 0, pred >= 0, "Acc-2 with 0", "F1 with 0")
         for classes, limit in ((3, 1), (5, 2), (7, 3)):
-            true_class = np.round(true.clip(-limit, limit))
-            same = true_class == np.round(pred.clip(-limit, limit))
-            metrics[f"Acc-{classes}"] = float(np.mean(same))
+            rounded = [np.round(v.clip(-limit, limit)) for v in (true, pred)]
+            metrics |= accuracy_f1(*rounded, f"Acc-{classes}")
     if scale == 1:
         true, pred = true.clip(-1, 1), pred.clip(-1, 1)
-        metrics |= two_classes(true > 0, pred > 0)
+        metrics |= accuracy_f1(true > 0, pred > 0, "Acc-2", "F1")
         for classes, cuts in ((3, (-0.1, 0.1)), (5, (-0.7, -0.1, 0.1, 0.7))):
             # A value on a cut belongs to the class below it, with the cut in float32.
-            cuts = np.float32(cuts).astype(np.float64)
-            same = np.searchsorted(cuts, true) == np.searchsorted(cuts, pred)
-            metrics[f"Acc-{classes}"] = float(np.mean(same))
+            parts = [np.searchsorted(np.float32(cuts), v) for v in (true, pred)]
+            metrics |= accuracy_f1(*parts, f"Acc-{classes}")
 
     metrics["MAE"] = float(np.mean(np.abs(pred - true)))
     metrics["Corr"] = math.nan
@@ -93,8 +89,7 @@ def regression_metrics(pred, true, scale):
 
 def class_metrics(logits, true):
     """One of several classes: accuracy, weighted F1, macro F1."""
-    accuracy, weighted, macro = accuracy_f1(true, logits.argmax(1))
-    return {"Acc": accuracy, "weighted F1": weighted, "macro F1": macro}
+    return accuracy_f1(true, logits.argmax(1), "Acc", "weighted F1", "macro F1")
 
 
 def sentiment_metrics(logits, true):
@@ -106,19 +101,17 @@ def sentiment_metrics(logits, true):
     """
     positive = (logits[:, 2] > logits[:, 0]).astype(int)
     some = true != 1
-    metrics = two_classes(true[some] // 2, positive[some])
-    metrics |= two_classes(true // 2, positive, " with 0")
-    metrics |= two_classes(true[some], positive[some], " MMSA")
-    metrics["Acc-3"], metrics["F1-3"], _ = accuracy_f1(true, logits.argmax(1))
-    return metrics
+    return {**accuracy_f1(true[some] // 2, positive[some], "Acc-2", "F1"),
+            **accuracy_f1(true // 2, positive, "Acc-2 with 0", "F1 with 0"),
+            **accuracy_f1(true[some], positive[some], "Acc-2 MMSA", "F1 MMSA"),
+            **accuracy_f1(true, logits.argmax(1), "Acc-3", "F1-3")}
 
 
 def label_metrics(logits, true):
     """Several labels at once, predicted where the logit is > 0: micro and macro F1."""
-    true = true > 0.5
-    pred = logits > 0
-    micro = float(f1_scores(true.reshape(-1, 1), pred.reshape(-1, 1))[0])
-    return {"micro F1": micro, "macro F1": float(f1_scores(true, pred).mean())}
+    true, pred = true > 0.5, logits > 0
+    micro = f1_scores(true.ravel(), pred.ravel())
+    return {"micro F1": float(micro), "macro F1": float(f1_scores(true, pred).mean())}
 
 
 def sample_losses(out, y):
@@ -151,37 +144,29 @@ def score(metrics):
 
 # ------------------------------------------------------------------- the other fusions
 class OneMamba(nn.Module):
-    """Table 11, "average" and "concat": one Mamba for all encoded streams together.
-
-    The average is that of the modalities that are present.
-    """
+    """Table 11: one Mamba on the average of the encoded streams, or on all of them."""
 
     def __init__(self, d_inputs, d_output, *, concat, d_model, **options):
         super().__init__()
         self.config = dict(d_inputs=d_inputs, d_output=d_output, concat=concat,
                            d_model=d_model, **options)
-        self.concat = concat
         self.encoders = nn.ModuleList(nn.Linear(width, d_model) for width in d_inputs)
-        if concat:
-            d_model = d_model * len(d_inputs)
-        self.mamba = CoupledMamba((d_model,), d_output, d_model=d_model, **options)
+        width = d_model * len(d_inputs) if concat else d_model
+        self.mamba = CoupledMamba((width,), d_output, d_model=width, **options)
 
     def forward(self, xs, mask=None):
         """m tensors (b, l, d_inputs[i]), mask (m, b, l) or None -> (b, d_output)."""
+        count = len(xs)                      # of the modalities that are present
+        there = None                         # whether any of them is
         if mask is not None:
             xs = [zero_absent(x, here) for x, here in zip(xs, mask)]
+            count = mask.sum(0).clamp(min=1)[..., None]
+            there = mask.any(0)[None]
         f = torch.stack([encoder(x) for encoder, x in zip(self.encoders, xs)])
         f = zero_absent(f, mask)                                     # (m, b, l, d)
-
-        if self.concat:
-            f = f.movedim(0, 2).flatten(2)                           # (b, l, m d)
-        elif mask is None:
-            f = f.mean(0)                                            # (b, l, d)
-        else:
-            f = f.sum(0) / mask.sum(0).clamp(min=1)[..., None]
-        if mask is not None:
-            mask = mask.any(0)[None]
-        return self.mamba([f], mask)
+        if self.config["concat"]:
+            return self.mamba([f.movedim(0, 2).flatten(2)], there)   # (b, l, m d)
+        return self.mamba([f.sum(0) / count], there)                 # (b, l, d)
 
 
 class CrossAttention(CoupledMamba):
@@ -194,8 +179,7 @@ class CrossAttention(CoupledMamba):
 
     def advance(self, xs, state, mask=None):
         if state["count"].any():
-            raise ValueError("cross attention reads the whole sequence at once and "
-                             "cannot continue one")
+            raise ValueError("cross attention cannot continue a sequence")
         return super().advance(xs, state, mask)
 
 
@@ -208,9 +192,7 @@ class AttentionBlock(nn.Module):
         self.heads = 4 if e % 4 == 0 else 1
         self.norm_weight = nn.Parameter(torch.ones(m, d_model))
         self.norm_bias = nn.Parameter(torch.zeros(m, d_model))
-        self.q = StackedLinear(m, d_model, e)
-        self.k = StackedLinear(m, d_model, e)
-        self.v = StackedLinear(m, d_model, e)
+        self.q, self.k, self.v = [StackedLinear(m, d_model, e) for _ in range(3)]
         self.out = StackedLinear(m, e, d_model)
         self.dropout = nn.Dropout(dropout)
 
@@ -243,25 +225,20 @@ class AttentionBlock(nn.Module):
         return zero_absent(f + self.dropout(self.out(y)), mask), {}
 
 
-def make_model(config, d_inputs, d_output):
+def make_model(config, d_inputs, classes):
+    """A model for streams of these widths, with the outputs that the task needs."""
     options = {name: config[name] for name in (
         "d_model", "d_state", "expand", "d_conv", "dt_rank", "coupling", "pooling",
         "dropout", "mode")}
     options |= {"n_layers": config["layers"], "mix": not config["no_mix"]}
-    fusion = config["fusion"]
-    if fusion in ("average", "concat"):
-        return OneMamba(d_inputs, d_output, concat=fusion == "concat", **options)
-    if fusion == "attention":
-        return CrossAttention(d_inputs, d_output, **options)
-    return CoupledMamba(d_inputs, d_output, **options)
-
-
-def model_for(config, spec, widths):
-    """A model for streams of these widths, with the outputs that the task needs."""
-    task = config["task"] or spec.tasks[0]
-    if task == "regression":
-        return make_model(config, widths, 1)
-    return make_model(config, widths, spec.classes)
+    d_output = 1 if config["task"] == "regression" else classes
+    kind = CoupledMamba
+    if config["fusion"] == "attention":
+        kind = CrossAttention
+    elif config["fusion"] in ("average", "concat"):
+        kind = OneMamba
+        options["concat"] = config["fusion"] == "concat"
+    return kind(d_inputs, d_output, **options).to(config["device"])
 
 
 def make_optimizer(model, config):
@@ -303,8 +280,8 @@ def batch(split, rows, device):
     return xs, torch.from_numpy(split.mask[:, rows]).to(device), y
 
 
-def autocast(config, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=config["amp"])
+def autocast(config):
+    return torch.autocast(config["device"], torch.bfloat16, enabled=config["amp"])
 
 
 @torch.no_grad()
@@ -315,7 +292,7 @@ def predict(model, split, config, device):
     for first in range(0, len(split.y), config["batch_size"]):
         rows = slice(first, first + config["batch_size"])
         xs, mask, _ = batch(split, rows, device)
-        with autocast(config, device):
+        with autocast(config):
             outs.append(model(xs, mask).float().cpu().numpy())
     return np.concatenate(outs)
 
@@ -327,19 +304,18 @@ def train_epoch(run, model, optimizer, seed, epoch):
     repeats them exactly. A step takes world * batch_size samples, shared equally.
     """
     model.train()
-    config = run.config
     split = run.dataset.splits["train"]
     order = np.random.default_rng((seed, epoch)).permutation(len(split.y))
     torch.manual_seed((seed * 10 ** 5 + epoch) * run.world + run.rank)   # for dropout
     total = torch.zeros((), device=run.device)
-    size = config["batch_size"] * run.world
+    size = run.config["batch_size"] * run.world
 
     for first in range(0, len(order), size):
         rows = order[first:first + size]
         own = rows[run.rank::run.world]
         # A process without a sample computes one, for all must take part in each step.
         xs, mask, y = batch(split, own if len(own) else rows[:1], run.device)
-        with autocast(config, run.device):
+        with autocast(run.config):
             out = model(xs, mask)
         loss = sample_losses(out.float(), y)[:len(own)].sum()
         optimizer.zero_grad()
@@ -347,9 +323,7 @@ def train_epoch(run, model, optimizer, seed, epoch):
         optimizer.step()
         total += loss.detach()
         if sys.stdout.isatty():
-            done = first + len(rows)
-            shown = total.item() * run.world / done
-            run.say(f"{done}/{len(order)} samples, loss {shown:.4f} ", end="\r")
+            run.say(f"{first + len(rows)} of {len(order)} samples", end="\r")
 
     if run.world > 1:
         dist.all_reduce(total)
@@ -363,13 +337,16 @@ def train_seed(run, seed, resume):
     valid = run.dataset.splits["valid"]
     path = run.out / f"seed{seed}.resume"
     torch.manual_seed(seed)
-    model = model_for(config, spec, [x.shape[2] for x in valid.xs]).to(run.device)
+    model = make_model(config, [x.shape[2] for x in valid.xs], spec.classes)
     optimizer = make_optimizer(model, config)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.5)
-    log = []
-    best = None
+    trained = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    log, best = [], None
     if resume and path.exists():
-        log, best = restore(path, config, model, optimizer, scheduler)
+        saved = load(path, config, resume)
+        for name, part in trained.items():
+            part.load_state_dict(saved[name])
+        log, best = saved["log"], saved["best"]
         run.say(f"seed {seed}  resumed after epoch {len(log)}")
     parallel = model
     if run.world > 1:
@@ -395,9 +372,8 @@ def train_seed(run, seed, resume):
         run.say(f"seed {seed}  epoch {epoch:3d}/{config['epochs']}  loss {loss:.4f}  "
                 f"valid {show(last)}  {left:5.1f} min left{star}")
         if run.rank == 0:
-            save(path, {"weights": model.state_dict(), "log": log, "best": best,
-                        "optimizer": optimizer.state_dict(), "config": config,
-                        "scheduler": scheduler.state_dict()})
+            states = {name: part.state_dict() for name, part in trained.items()}
+            save(path, {**states, "log": log, "best": best, "config": config})
 
     run.say(f"seed {seed}  ends after epoch {len(log)}: {why_stop(log, best, config)}")
     return evaluate(run, seed, model, log, best)
@@ -408,7 +384,7 @@ def why_stop(log, best, config):
     if not log:
         return None
     values = log[-1]["loss"], score(log[-1]["valid"])
-    if any(v is None or not math.isfinite(v) for v in values):       # None: see to_json
+    if any(v is None or not math.isfinite(v) for v in values):       # null in JSON
         return "training has diverged; try a smaller --lr, or --coupling mean, not sum"
     if len(log) >= config["epochs"]:
         return "all epochs are done"
@@ -436,40 +412,43 @@ def evaluate(run, seed, model, log, best):
             "test": metrics, "log": log}
 
 
-def restore(path, config, model, optimizer, scheduler):
-    """Put all that is trained where `path` left it; returns its log and best epoch."""
-    try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        check_same_run(path, saved["config"], config, resume=True)
-        model.load_state_dict(saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
-        return saved["log"], saved["best"]
-    except data.DataError:
-        raise
-    except Exception:                    # damage can surface as nearly any exception
-        raise data.DataError(f"{path} is damaged: delete it to start anew") from None
-
-
 def show(metrics):
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-def write_whole(path, write):
-    """Call `write` on a new file, then rename it: `path` is never half written."""
+def save(path, content):
+    """Write a new file and rename it: `path` is never half written."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if path.suffix == ".json":       # it has no NaN: they become null
+                plain = json.loads(json.dumps(content), parse_constant=lambda _: None)
+                file.write((json.dumps(plain, indent=2) + "\n").encode())
+            else:
+                torch.save(content, file)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def save(path, content):
-    write_whole(path, lambda file: torch.save(content, file))
+def load(path, config, resume):
+    """Read what `save` wrote. Only --seeds and, to resume, --epochs may differ."""
+    try:
+        if path.suffix == ".json":
+            found = json.loads(path.read_text())
+        else:
+            found = torch.load(path, weights_only=True, map_location="cpu")
+        theirs = {name: found["config"][name] for name in config}
+        if resume:                       # to at least as many epochs
+            theirs["epochs"] = max(theirs["epochs"], config["epochs"])
+    except Exception:                    # damage can surface as nearly any exception
+        raise data.DataError(f"{path} is damaged, or no result of this program: delete "
+                             "it, or give another --out") from None
+    for name, value in config.items():
+        if theirs[name] != value and name != "seeds":
+            raise data.DataError(f"{path} has {name} {theirs[name]}, not {value}: give "
+                                 "the same options, or another --out")
+    return found
 
 
 # ---------------------------------------------------------------------------- all seeds
@@ -478,16 +457,12 @@ def train_seeds(run, resume):
 
     A seed that an earlier run has finished stays until it is finished again.
     """
-    config, dataset = run.config, run.dataset
+    config = run.config
     path = run.out / "results.json"
-    report = {"dataset": dataset.name, "synthetic": dataset.synthetic,
-              "task": config["task"], "config": config, "environment": {
-                  "device": hardware(run.device), "torch": str(torch.__version__),
-                  "numpy": np.__version__, "python": platform.python_version(),
-                  "system": platform.system()}}
-    seeds = read_seeds(path, config, resume)
-    if resume and not seeds and not list(run.out.glob("seed*.resume")):
-        run.say(f"There is nothing to resume in {run.out}: training starts anew.")
+    seeds = {}
+    if path.exists():
+        for result in load(path, config, resume)["seeds"]:
+            seeds[result["seed"]] = result
 
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
         old = seeds.get(seed)
@@ -496,147 +471,97 @@ def train_seeds(run, resume):
             continue
         seeds[seed] = train_seed(run, seed, resume)
         if run.rank == 0:
-            report["seeds"] = [seeds[number] for number in sorted(seeds)]
-            text = to_json({**report, **statistics_of(seeds)})
-            write_whole(path, lambda file: file.write(text.encode()))
+            save(path, report_of(run, seeds))
             (run.out / f"seed{seed}.resume").unlink(missing_ok=True)
 
-    found = statistics_of(seeds)
+    report = report_of(run, seeds)
     if len(seeds) > 1:
-        values = [f"{name} {value:.4f} ± {found['std'][name]:.4f}"
-                  for name, value in found["mean"].items()]
+        values = [f"{name} {mean:.4f} ± {report['std'][name]:.4f}"
+                  for name, mean in report["mean"].items()]
         run.say(f"test, mean ± std of {len(seeds)} seeds: {'  '.join(values)}")
 
 
-def read_seeds(path, config, resume):
-    """The results by seed in results.json, after a check that it is of the same run."""
-    if not path.exists():
-        return {}
-    try:
-        report = json.loads(path.read_text())
-        check_same_run(path, report["config"], config, resume)
-        return {result["seed"]: result for result in report["seeds"]}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise data.DataError(
-            f"{path} is no result of this program: give another --out") from None
-
-
-def check_same_run(path, theirs, config, resume):
-    """Raise unless the runs agree but for --seeds and, to resume, more --epochs."""
-    expected = {**config, "seeds": theirs.get("seeds")}
-    if resume:
-        expected["epochs"] = min(config["epochs"], theirs.get("epochs", 0))
-    different = [f"{name}={theirs.get(name)} (here {value})"
-                 for name, value in expected.items() if theirs.get(name) != value]
-    if different:
-        raise data.DataError(
-            f"{path} is of another run, or no result of this program, with "
-            f"{', '.join(different)}: give the same options, or another --out")
-
-
-def statistics_of(seeds):
-    """Mean and deviation (of the population) of every metric of test."""
-    tests = [result["test"] for result in seeds.values()]
+def report_of(run, seeds):
+    """The content of results.json; std is the deviation of the population."""
+    config, dataset = run.config, run.dataset
+    results = [seeds[seed] for seed in sorted(seeds)]
     mean, std = {}, {}
-    for name in tests[0]:
-        values = np.array([test[name] for test in tests], float)
+    for name in results[0]["test"]:
+        values = np.array([result["test"][name] for result in results], float)
         mean[name], std[name] = float(values.mean()), float(values.std())
-    return {"mean": mean, "std": std}
-
-
-def to_json(value):
-    """JSON has no NaN and no infinity: they become null."""
-    plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
-    return json.dumps(plain, indent=2) + "\n"
+    environment = {"device": hardware(config["device"]), "torch": torch.__version__,
+                   "numpy": np.__version__, "python": platform.python_version()}
+    return {"dataset": dataset.name, "synthetic": dataset.synthetic,
+            "task": config["task"], "config": config, "environment": environment,
+            "seeds": results, "mean": mean, "std": std}
 
 
 def hardware(device):
-    if device.type == "cuda":
+    if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 # ------------------------------------------------------------------------ the benchmark
-EXPLICIT = [SDPBackend.MATH]
-FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
 class Case(NamedTuple):
     label: str
+    fusions: tuple = FUSIONS     # those that it is for
     training: bool = False
     piece: int = 0               # steps that `advance` gets at a time; 0: all
     explicit: bool = False       # attention with all its scores in memory
 
 
-CASES = [Case("inference"), Case("inference in pieces of 64", piece=64),
-         Case("training step", training=True)]
-ATTENTION_CASES = [
-    Case("inference, explicit", explicit=True), Case("inference, fused"),
-    Case("training step, explicit", training=True, explicit=True),
-    Case("training step, fused", training=True)]
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CASES = [Case("inference"), Case("inference in pieces of 64", FUSIONS[:2], piece=64),
+         Case("training step", training=True),
+         Case("inference, explicit", ("attention",), explicit=True),
+         Case("training step, explicit", ("attention",), training=True, explicit=True)]
 
 
 def benchmark(config, spec, lengths):
     """Print time and peak memory of the chosen model for each length (Figures 3, 4)."""
-    cases = CASES
-    if config["fusion"] == "attention":
-        cases = ATTENTION_CASES
-    elif config["fusion"] in ("average", "concat"):
-        cases = [case for case in CASES if not case.piece]
-    print(hardware(torch.device(config["device"])), config, "on synthetic numbers")
-    print("seconds: median, on a CPU the sum over threads; -: out of memory")
-    print("MB: most memory in use, without the model and its inputs")
-    print(f"length  {'case':26} {'seconds':>10} {'MB':>10}")
+    print(hardware(config["device"]), config, "on synthetic numbers")
+    print("median seconds, on a CPU of all threads; peak MB besides model and inputs")
+    print(f"length  {'case':26} {'seconds':>10} {'MB':>10}   -: out of memory")
 
-    for length in lengths:
-        for case in cases:
-            try:
-                seconds, size = in_own_process(measure_case, config, spec, length, case)
-                cells = f"{seconds:10.5f} {size / 1e6:10.1f}"
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                cells = f"{'-':>10} {'-':>10}"
-            print(f"{length:6}  {case.label:26} {cells}", flush=True)
+    cases = [case for case in CASES if config["fusion"] in case.fusions]
+    for length, case in itertools.product(lengths, cases):
+        seconds = size = "-"
+        try:
+            found = in_own_process(measure_case, config, spec, length, case)
+            seconds, size = f"{found[0]:.5f}", f"{found[1] / 1e6:.1f}"
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        print(f"{length:6}  {case.label:26} {seconds:>10} {size:>10}", flush=True)
 
 
 def in_own_process(function, *arguments):
     """One case must not see the memory that another one has left behind."""
-    spawn = multiprocessing.get_context("spawn")
-    quiet = (signal.SIGINT, signal.SIG_DFL)      # Ctrl-C ends it without a traceback
-    with ProcessPoolExecutor(1, spawn, signal.signal, quiet) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def measure_case(config, spec, length, case):
-    """Median seconds of up to five repetitions, and the bytes they took at most."""
-    device = torch.device(config["device"])
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    """Median seconds of three repetitions, and the bytes that they took at most."""
+    clock = time.process_time if config["device"] == "cpu" else time.perf_counter
     work = make_work(config, spec, length, case)
     work()                       # the first time also pays for what is built only once
-
-    before = memory(device, "VmRSS", restart=True)
-    seconds = []
-    while len(seconds) < 5 and sum(seconds) < 20:
-        start = clock()
-        work()
-        seconds.append(clock() - start)
-    return np.median(seconds), memory(device, "VmHWM") - before
+    before = memory(config["device"], restart=True)
+    seconds = timeit.repeat(work, timer=clock, repeat=3, number=1)
+    return np.median(seconds), memory(config["device"]) - before
 
 
 def make_work(config, spec, length, case):
     """A function that does once what is to be measured."""
-    torch.manual_seed(0)
-    device = torch.device(config["device"])
-    model = model_for(config, spec, spec.widths).to(device).train(case.training)
+    model = make_model(config, spec.widths, spec.classes).train(case.training)
     optimizer = make_optimizer(model, config)
-    backends = EXPLICIT if case.explicit else FUSED
     b = config["batch_size"]
-    xs = [torch.randn(b, length, width, device=device) for width in spec.widths]
+    xs = [torch.randn(b, length, w, device=config["device"]) for w in spec.widths]
+    kind = SDPBackend.MATH if case.explicit else FUSED
 
     def work():
-        with torch.set_grad_enabled(case.training), autocast(config, device), \
-                sdpa_kernel(backends):
+        with torch.set_grad_enabled(case.training), autocast(config), sdpa_kernel(kind):
             if case.piece:
                 state = model.init_state(b)
                 for piece in zip(*(x.split(case.piece, 1) for x in xs)):
@@ -647,31 +572,29 @@ def make_work(config, spec, length, case):
             (out.float() - 1).abs().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        if device.type == "cuda":
+        if config["device"] == "cuda":
             torch.cuda.synchronize()
 
     return work
 
 
-def memory(device, field, restart=False):
-    """Bytes in use now ("VmRSS") or at most ("VmHWM") since the last `restart`."""
-    if device.type == "cuda":
-        if restart:              # then the peak is what is in use now
+def memory(device, restart=False):
+    """The most bytes in use since the restart, which begins with what is in use now."""
+    if device == "cuda":
+        if restart:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     if restart:
-        Path("/proc/self/status").stat()    # raises OSError unless this is Linux
-        ctypes.CDLL(None).malloc_trim(0)    # give back what is free but not returned
+        ctypes.CDLL("libc.so.6").malloc_trim(0)      # give back what is free
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
-    return int(re.search(field + r":\s+(\d+)", status)[1]) * 1024
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
 
 
 # --------------------------------------------------------------------- the command line
 OWN = dict(d_model=32, layers=1, d_state=16, pooling="mean")
 STAND_IN = dict(OWN, epochs=12, lr=3e-3, seeds=1, batch_size=32)
-BATCH_SIZE = dict(               # the paper names the first three
-    mosei=1024, sims=128, simsv2=256, brca=64, rosmap=32, mmimdb=512)
+BATCH_SIZE = dict(mosei=1024, sims=128, simsv2=256, brca=64, rosmap=32, mmimdb=512)
 STAND_IN_SAMPLES = (1368, 456, 457)  # in train, valid and test, as in sims
 
 
@@ -686,18 +609,17 @@ def number_in(kind, low, below=2 ** 31):
     return number
 
 
-def make_parser():
+def make_parser(devices):
     parser = argparse.ArgumentParser(
         usage="python train.py --dataset NAME [options]", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog=f"Other defaults\n  on the stand-in: {STAND_IN}\n  for own data: {OWN}\n"
-               f"  batch size of a dataset: {BATCH_SIZE}")
+        epilog=f"Defaults\nstand-in: {STAND_IN}\nown: {OWN}\nbatch size: {BATCH_SIZE}")
     N = dict(type=number_in(int, 1), metavar="N")
     from_0 = dict(type=number_in(int, 0), metavar="N")
     part = dict(type=number_in(float, 0, 1), metavar="PART")
     rate = dict(type=number_in(float, 0), metavar="RATE")
 
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument
     add("--dataset", required=True, choices=[*data.SPECS, "own"], help="must be given")
     add("--data", type=Path, help="file or folder (default: in data/, or a stand-in)")
     add("--out", type=Path, help="for the results (default: runs/<dataset>-<fusion>)")
@@ -707,11 +629,9 @@ def make_parser():
         "the longest stream, at most 50; vectors 20; own data as they are)")
     add("--missing-rate", default=0.0, **part, help="part of all inputs that is zeroed")
 
-    add = parser.add_argument_group("model").add_argument
-    add("--fusion", choices=["coupled", "mamba", "average", "concat", "attention"],
-        default="coupled", help="coupled: the paper's; mamba: one Mamba per modality; "
-        "average, concat: one Mamba on linear maps of all streams, which differ in "
-        "width; attention: each modality attends to the others")
+    add("--fusion", default="coupled", choices=FUSIONS, help="coupled: the paper's; "
+        "mamba: one Mamba per modality; average, concat: one Mamba on linear maps of "
+        "all streams; attention: each modality attends to the others")
     add("--coupling", default="mean", choices=["mean", "learned", "sum", "none"],
         help="weights of the coupled states; sum is Eq. 6, which grows without limit")
     add("--no-mix", action="store_true", help="leave out the Cat between two blocks")
@@ -724,27 +644,22 @@ def make_parser():
     add("--dropout", default=0.0, **part, help="of each block's output and in the head")
     add("--pooling", default="max", choices=["max", "mean", "last"], help="over time")
 
-    add = parser.add_argument_group("training").add_argument
     add("--epochs", default=150, **N, help="passes over the training samples")
     add("--batch-size", default=128, **N, help="samples per step and process")
     add("--lr", default=5e-4, **rate, help="learning rate, halved every 50 epochs")
     add("--optimizer", default="adamw", choices=["adamw", "adam"],
-        help="adam adds the decay, of maps only, to the gradient as the paper does; it "
-        "can keep the coupling from being learned")
+        help="adam, the paper's, can keep the coupling from being learned")
     add("--weight-decay", default=5e-4, **rate, help="of the weights of maps only")
     add("--patience", default=0, **from_0, help="stop N epochs after the best; 0 never")
     add("--seeds", default=5, **N, help="number of runs")
     add("--seed", default=0, **from_0, help="of the first run; the next ones count on")
 
-    add = parser.add_argument_group("how it runs").add_argument
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
-        help="auto is a GPU if there is one")
+    add("--device", default="auto", choices=["auto", *devices], help="auto: GPU if any")
     add("--mode", default="auto", choices=["auto", *MODES], help="how to do the scan")
     add("--amp", action="store_true", help="matrix products in bfloat16")
     add("--resume", action="store_true", help="continue, also to more epochs or seeds")
     add("--benchmark", action="store_true", help="only print time and memory")
-    add("--lengths", nargs="+", default=[100, 200, 300, 400, 500], **N,
-        help="sequence lengths of --benchmark")
+    add("--lengths", nargs="+", default=[100, 200, 300, 400, 500], **N, help="to time")
 
     for action in parser._actions:
         if action.nargs != 0 and action.default is not None:
@@ -754,42 +669,41 @@ def make_parser():
 
 def parse(argv=None):
     """The options; their defaults depend on the dataset, and on whether it is there."""
-    parser = make_parser()
+    devices = ("cpu", "mps", "cuda")
+    devices = [kind for kind in devices if getattr(torch, kind).is_available()]
+    parser = make_parser(devices)
+    name = parser.parse_args(argv).dataset
+    parser.set_defaults(batch_size=BATCH_SIZE.get(name, 128))
+    spec = data.SPECS.get(name)          # None: own data
+    if spec:
+        place = data.default_path(name)
+        parser.set_defaults(task=spec.tasks[0], data=place if place.exists() else None)
     args = parser.parse_args(argv)
-    own = args.dataset == "own"
-    place = args.data
-    if not own and not place and data.default_path(args.dataset).exists():
-        place = data.default_path(args.dataset)
-    parser.set_defaults(batch_size=BATCH_SIZE.get(args.dataset, 128))
     if args.benchmark:
         parser.set_defaults(batch_size=16)
-    elif own:
+    elif not spec:
         parser.set_defaults(**OWN)
-    elif not place:
+    elif not args.data:
         parser.set_defaults(**STAND_IN)
     args = parser.parse_args(argv)
-    args.data = place
 
-    if own and (not place or args.benchmark):
+    if not spec and (not args.data or args.benchmark):
         parser.error("--dataset own needs --data FILE.npz, and has no --benchmark")
+    if spec and args.task not in spec.tasks:
+        parser.error(f"--task {args.task}: {name} has only {spec.tasks}")
     if args.fusion != "coupled" and (args.coupling != "mean" or args.no_mix):
         parser.error("--coupling and --no-mix are only for --fusion coupled")
     if args.fusion == "mamba":           # Mambas that are joined in the head only
         args.coupling, args.no_mix = "none", True
+    if args.device == "auto":
+        args.device = devices[-1]
     return args
 
 
 def settings(args):
     """The options that make a run what it is: those in results.json."""
     others = ("data", "out", "resume", "benchmark", "lengths")
-    config = {name: v for name, v in vars(args).items() if name not in others}
-    kinds = ("cpu", "mps", "cuda")
-    present = [kind for kind in kinds if getattr(torch, kind).is_available()]
-    if args.device == "auto":
-        config["device"] = present[-1]
-    elif args.device not in present:
-        raise data.DataError(f"--device {args.device}: expected one of {present}")
-    return config
+    return {name: v for name, v in vars(args).items() if name not in others}
 
 
 def begin(args, config, rank):
@@ -799,16 +713,13 @@ def begin(args, config, rank):
         dataset = data.load(name, args.data, args.length, task)
     else:
         dataset = data.synthetic(name, args.length, STAND_IN_SAMPLES, task=task)
-    data.with_missing(dataset, args.missing_rate)
-    if task and task not in dataset.spec.tasks:
-        raise data.DataError(f"--task {task}: {name} has only {dataset.spec.tasks}")
+    if args.missing_rate:
+        data.with_missing(dataset, args.missing_rate)
     out = args.out or Path("runs") / f"{name}-{args.fusion}"
-    if out.is_file():
-        raise data.DataError(f"--out {out} is a file, expected a folder")
     out.mkdir(parents=True, exist_ok=True)
 
     world = int(os.environ.get("WORLD_SIZE", 1))     # set by torchrun
-    device = torch.device(config["device"])
+    device = torch.device(args.device)
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -823,9 +734,8 @@ def introduce(run):
     """Print once what is trained on what and where, and what to try next."""
     config, dataset = run.config, run.dataset
     if dataset.synthetic:
-        run.say(f"There are no data at {data.default_path(dataset.name)}. "
-                f"{data.how_to_get(dataset.name)} This run uses a synthetic stand-in "
-                "of the same shapes, and a small model that learns it quickly.")
+        run.say(f"There are no data at {data.default_path(dataset.name)}: this is a "
+                f"synthetic stand-in. {data.how_to_get(dataset.name)}")
     for note in dataset.notes:
         run.say(note)
     run.say("config: " + "  ".join(f"{k}={v}" for k, v in config.items()))
@@ -835,26 +745,22 @@ def introduce(run):
                 f"{100 * split.mask.mean():.1f} % of the steps are real")
 
     xs, mask, _ = batch(dataset.splits["valid"], slice(1), run.device)
-    widths = [x.shape[2] for x in xs]
-    model = model_for(config, dataset.spec, widths).to(run.device)
+    model = make_model(config, [x.shape[2] for x in xs], dataset.spec.classes)
     try:
         model(xs, mask)
     except ValueError as error:
         raise data.DataError(f"--mode: {error}") from None
     size = sum(p.numel() for p in model.parameters())
-    run.say(f"{size:,} parameters, {hardware(run.device)}, processes {run.world}, "
-            f"mode {config['mode']}. Results go to {run.out}.")
+    run.say(f"{size:,} parameters, {hardware(config['device'])}. "
+            f"Results go to {run.out}.")
     if config["fusion"] == "coupled" and config["coupling"] != "none":
-        other = "--coupling none and another --out"
-        if config["layers"] == 1 and config["coupling"] == "mean":
-            other = "--fusion mamba"     # one block has no Cat to be taken away
-        run.say(f"To see what the coupling adds, run the same with {other}.")
+        run.say("To see what the coupling adds, run the same with --fusion mamba, or, "
+                "to keep the Cat, with --coupling none and another --out.")
 
 
 def is_out_of_memory(error):
-    kinds = (MemoryError, torch.OutOfMemoryError, BrokenExecutor)
-    in_words = re.search("not enough memory|can't allocate memory", str(error))
-    return isinstance(error, kinds) or in_words is not None
+    words = "MemoryError|BrokenProcessPool|enough memory|allocate memory"
+    return re.search(words, repr(error)) is not None
 
 
 def main(argv=None):
@@ -864,7 +770,7 @@ def main(argv=None):
             stream.reconfigure(errors="replace")     # no character ends a run
     args = parse(argv)
     rank = int(os.environ.get("RANK", 0))            # set by torchrun
-    code, message = 2, None
+    code, message = 0, None
     try:
         config = settings(args)
         if args.benchmark:
@@ -873,16 +779,15 @@ def main(argv=None):
             run = begin(args, config, rank)
             introduce(run)
             train_seeds(run, args.resume)
-        code = 0
     except (data.DataError, OSError, ImportError) as error:
-        message = f"error: {error}"
+        code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; --resume goes on after the last epoch"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         rank = 0                         # print it, whichever process it was
-        message = "error: out of memory: try a smaller --batch-size or --length"
+        code, message = 2, "out of memory: try a smaller --batch-size or --length"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
