@@ -565,17 +565,17 @@ def scan(x, delta, A, B, C, w, H0):
 class Scan(torch.autograd.Function):
     """Kept for backward: the inputs, and H before each chunk of CHUNK steps.
 
-    Time comes first here: x, delta (l, b, m, e), A (m, e, n), B, C (l, b, m, n),
-    w (l, b, m), H (b, e, n). Large tensors are reused, as new memory costs as much as
-    the sums, which are matrix products where they can be.
+    Time comes first: x, delta (l, b, m, e), A (m, e, n), B, C (l, b, m, n), w
+    (l, b, m), H (b, e, n). Large tensors are made once, because new memory is slow.
     """
 
     @staticmethod
     def forward(ctx, x, delta, A, B, C, w, H):
-        l, b, m, e = x.shape
-        n = A.shape[-1]
+        l, b, _, _ = x.shape
         A2 = A * math.log2(math.e)                       # exp2 is faster than exp
-        S = x.new_empty(min(CHUNK, l), b, m, e, n)
+        S = x.new_empty(min(CHUNK, l), b, *A.shape)
+        H = H.clone(memory_format=torch.contiguous_format)
+        H_chains, H_row = H[:, None], H.flatten(1)[:, None]      # of the same memory
         v = delta * x
         wv = (w[..., None] * v).mT                       # (l, b, e, m)
         y = v * (B * C).sum(-1, keepdim=True)            # v (C . B)
@@ -583,16 +583,15 @@ class Scan(torch.autograd.Function):
 
         for first in range(0, l, CHUNK):
             if any(ctx.needs_input_grad):
-                kept.append(H)
+                kept.append(H.clone())
             chunk = slice(first, first + CHUNK)
             SH = S[:l - first]                           # the last chunk may be shorter
             torch.mul(delta[chunk, ..., None], A2, out=SH).exp2_()
-            rows = SH.flatten(3)                         # the same memory: (b, m, e n)
-            steps = zip(SH, rows, w[chunk, :, None], wv[chunk], B[chunk])
-            for SH_t, rows_t, w_t, wv_t, B_t in steps:
-                SH_t.mul_(H[:, None])                                   # S H of Eq. 6
-                PH = torch.bmm(w_t, rows_t).view(b, e, n)
-                H = PH.baddbmm_(wv_t, B_t)                              # P H + U, Eq. 7
+            steps = zip(SH, SH.flatten(3), w[chunk, :, None], wv[chunk], B[chunk])
+            for SH_t, rows, w_t, wv_t, B_t in steps:     # rows (b, m, e n)
+                SH_t.mul_(H_chains)                                     # S H of Eq. 6
+                torch.bmm(w_t, rows, out=H_row)
+                H.baddbmm_(wv_t, B_t)                                   # P H + U, Eq. 7
             y[chunk] += (C[chunk][..., None, :] @ SH.mT).squeeze(3)     # C . (S H)
         ctx.save_for_backward(x, delta, A, B, C, w, *kept)
         return y, H
@@ -603,58 +602,59 @@ class Scan(torch.autograd.Function):
         x, delta, A, B, C, w, *kept = ctx.saved_tensors
         dx, ddelta, dB, dC, dw = (v.new_empty(v.shape) for v in (x, delta, B, C, w))
         dA = torch.zeros_like(A)
-        work = A.new_empty(2, min(CHUNK, len(x)), len(G), *A.shape)
+        large = A.new_empty(2, min(CHUNK, len(x)), len(G), *A.shape)
+        states = A.new_empty(2, min(CHUNK, len(x)) + 1, *G.shape)
         with torch.autocast(dy.device.type, enabled=False):
             for i in reversed(range(len(kept))):
                 chunk = slice(i * CHUNK, i * CHUNK + CHUNK)
                 now = [u[chunk].contiguous() for u in (x, delta, B, C, w, dy)]
-                *found, dA_chunk, G = chunk_gradients(*now, A, kept[i], G, work,
-                                                      ctx.needs_input_grad[5])
+                *found, dA_chunk, G = chunk_gradients(
+                    *now, A, kept[i], G, large, states, ctx.needs_input_grad[5])
                 dx[chunk], ddelta[chunk], dB[chunk], dC[chunk], dw[chunk] = found
                 dA += dA_chunk
-        return dx, ddelta, dA, dB, dC, dw, G
+        return dx, ddelta, dA, dB, dC, dw, G.clone()
 
 
-def chunk_gradients(x, delta, B, C, w, dy, A, H, G, work, needs_dw):
+def chunk_gradients(x, delta, B, C, w, dy, A, H_first, G_last, large, states, needs_dw):
     """Gradients of x, delta, B, C, w, A and H, from H before a chunk and G after it."""
-    S, g = work[:, :len(x)]          # (k, b, m, e, n); g also holds products for a sum
-    b, m, e, n = S.shape[1:]
+    k, b, m, _ = x.shape
+    S, g = large[:, :k]              # (k, b, m, e, n); g also holds products for a sum
+    H, G = states[:, :k + 1]         # (k + 1, b, e, n); step t reads H[t] and G[t + 1]
+    H_rows, G_rows = states[:, :k + 1].flatten(3).unsqueeze(3)      # (..., 1, e n)
     v = delta * x
+    wv = (w[..., None] * v).mT
+    H[0], G[k] = H_first, G_last
     torch.mul(delta[..., None], A * math.log2(math.e), out=S).exp2_()
-    P = (w[:, :, None] @ S.flatten(3)).view(-1, b, e, n)
-    U = (w[..., None] * v).mT @ B
-    H_t = [H]                                            # step t reads H_t[t]
-    for P_t, U_t in zip(P, U):
-        H_t.append(torch.addcmul(U_t, P_t, H_t[-1]))                    # Eq. 7
-    H = torch.stack(H_t[:-1])[:, :, None]                           # (k, b, 1, e, n)
-    del P, U, P_t, U_t, H_t                  # their memory serves for what comes next
+    steps = zip(S, g, g.flatten(3), w[:, :, None], wv, B, H[:, :, None], H[1:],
+                H_rows[1:])
+    for S_t, SH_t, rows, w_t, wv_t, B_t, H_t, H_next, H_row in steps:
+        torch.mul(S_t, H_t, out=SH_t)
+        torch.bmm(w_t, rows, out=H_row)
+        H_next.baddbmm_(wv_t, B_t)                                      # Eq. 7
 
-    dySH = (dy[..., None, :] @ torch.mul(S, H, out=g)).squeeze(3)       # sum_e dy S H
+    dySH = (dy[..., None, :] @ g).squeeze(3)                            # sum_e dy S H
     torch.mul(dy[..., None], C[..., None, :], out=g)                    # C dy
     dw = torch.zeros_like(w)
     ones = S.new_ones(b, 1, m)
-    G_t = [G]                                            # the last step comes first
-    steps = list(zip(S, g, H, w[..., None, None], dw))
-    for S_t, g_t, H_before, w_t, dw_t in reversed(steps):
-        rows = S_t.flatten(2)                                           # (b, m, e n)
+    steps = zip(S, g, S.flatten(3), w[..., None, None], dw, H_rows, G[1:, :, None],
+                G_rows[1:], G_rows)
+    for S_t, g_t, rows, w_t, dw_t, H_row, G_t, G_row, G_before in reversed(list(steps)):
         if needs_dw:                                     # it takes a tenth of the time
-            GH = (G_t[-1] * H_before[:, 0]).view(b, 1, e * n)
-            dw_t += torch.bmm(GH, rows.mT)[:, 0]                        # sum_en G S H
-        S_t.mul_(g_t.addcmul_(w_t, G_t[-1][:, None]))                   # S g
-        G_t.append(torch.bmm(ones, rows).view(b, e, n))                 # G[t-1]
-    z = S.mul_(H)
+            dw_t += torch.bmm(G_row * H_row, rows.mT)[:, 0]             # sum_en G S H
+        S_t.mul_(g_t.addcmul_(w_t, G_t))                                # S g
+        torch.bmm(ones, rows, out=G_before)                             # G[t-1]
+    z = S.mul_(H[:k, :, None])
     zA = torch.mul(z, A, out=g).sum(-1)
     dA = torch.mul(z, delta[..., None], out=g).flatten(0, 1).sum(0)
 
-    G = torch.stack(G_t[-2::-1])                                    # (k, b, e, n)
-    GB = B @ G.mT                                                       # (k, b, m, e)
-    Gv = v @ G                                                          # (k, b, m, n)
+    GB = B @ G[1:].mT                                                   # (k, b, m, e)
+    Gv = v @ G[1:]                                                      # (k, b, m, n)
     dv = dy * (C * B).sum(-1, keepdim=True) + w[..., None] * GB
     vdy = (v * dy).sum(-1, keepdim=True)
     dB = C * vdy + w[..., None] * Gv
     dC = B * vdy + dySH
     dw += (GB * v).sum(-1)
-    return dv * delta, dv * x + zA, dB, dC, dw, dA, G_t[-1]
+    return dv * delta, dv * x + zA, dB, dC, dw, dA, G[0]
 
 
 # ------------------------------------------------------------------- the Triton kernel
