@@ -7,6 +7,7 @@ Hypothesis draws the problems. The environment variable PROFILE says how many fo
 property: `dev` 5; `ci`, the default, 25, always the same; `thorough` 10,000.
 """
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -219,7 +220,7 @@ def test_the_modes_agree_in_values_and_every_gradient(mode, p, cuts, read, froze
 # The interpreter is slow, and shrinking would take minutes. The examples have several
 # samples, blocks of e and segments at once, and a tile of e n > 128 in `_reduce`.
 @triton_only
-@settings(max_examples=max(1, EXAMPLES // 3), phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=max(1, EXAMPLES // 4), phases=[Phase.explicit, Phase.generate])
 @given(problems_up_to(3, 2, 9, 6, st.sampled_from([1, 2, 4, 8])), CUTS, READ, FROZEN)
 @example(problem(2, 2, 5, 6, 4), dict(chunk=2, cached=1, tile=8, segments=True), "all",
          set())
@@ -524,8 +525,10 @@ def test_dropout_drops_outputs_of_a_block_and_of_the_hidden_layer(part):
     model.head[3].bias.data.zero_()
     f = torch.randn(2, 4, 6, 8)
     call = model.head if part == "head" else lambda f: model.blocks[0](f)[0] - f
-    whole = model.eval() and call(f)
-    ratio = (model.train() and call(f)) / whole
+    model.eval()
+    whole = call(f)
+    model.train()
+    ratio = call(f) / whole
     kept = ratio.abs() > 1e-3
     assert 0.4 < kept.float().mean() < 0.6
     assert_close(ratio[kept], torch.full_like(ratio[kept], 2.), 1e-3)
@@ -801,7 +804,7 @@ encoders = torch.nn.ModuleList(torch.nn.Linear(width, 16) for width in (5, 3))
 blocks = torch.nn.ModuleList(Block(2, 16, d_state=8, coupling="learned") for _ in "12")
 head = torch.nn.Linear(32, 1)
 parts = torch.nn.ModuleList([encoders, blocks, head])
-optimizer = torch.optim.AdamW(parts.parameters(), 1e-2)
+optimizer = torch.optim.AdamW(parts.parameters(), 2e-2)
 xs = [torch.randn(8, 12, width) for width in (5, 3)]
 target = xs[0][:, 2, 0] * xs[1][:, 5, 0]
 
@@ -812,7 +815,7 @@ def features(steps, states):
     return f
 
 losses = []
-for _ in range(60):
+for _ in range(30):
     f = features(slice(None), [None, None])
     out = head(torch.cat([*f.mean(2)], -1))[:, 0]
     loss = (out - target).square().mean()
@@ -934,19 +937,21 @@ def drawn_mmsa(seed=0, samples=(12, 6, 6), says="both", frames=FRAMES, front=Fal
             by_bert = m == "text" and says in ("bert", "both")
             by_lengths = not by_bert and says in ("lengths", "both")
             lengths = rng.integers(1, number + 1, count)
-            lengths[2] *= m != "audio"
+            if m == "audio":
+                lengths[2] = 0
             there = np.arange(number) < lengths[:, None]
             if front or m == "text":
                 there = there[:, ::-1]
             x = 50 * rng.standard_normal((count, number, width)) + 3
             if silent and m == "audio":
                 x[0, lengths[0] // 2] = x[1, 0] = 0
-            x[~there] = 7 * by_bert
+            x[~there] = 7 if by_bert else 0
             with np.errstate(over="ignore"):
                 x[3:6, 0, 0] = -np.inf, np.nan, np.finfo(np.float32).min
                 split[m] = store(x.astype(dtype))
             if by_bert:                         # some tools turn it round
-                split["text_bert"] = np.stack([there * 0, there, there], 1 + silent)
+                axis = 2 if silent else 1
+                split["text_bert"] = np.stack([there * 0, there, there], axis)
             if by_lengths:
                 lengths[lengths == number] += 100           # cut off by the tool
                 split[f"{m}_lengths"] = lengths.tolist() if m == "audio" else lengths
@@ -1149,9 +1154,10 @@ def test_an_own_file_is_read_as_its_definition_says(seed, frames, told, length):
 def test_classes_are_those_of_the_file_or_the_signs_of_labels(given_classes, tmp_path):
     def label(content):
         content["valid"]["regression_labels"] = [-1, 0, 2, 3, 0.5, -3]
-        for s in data.SPLITS if given_classes else ():
-            count = len(content[s]["regression_labels"])
-            content[s]["classification_labels"] = (np.arange(count) * 5 % 3).tolist()
+        for s in data.SPLITS:
+            if given_classes:
+                count = len(content[s]["regression_labels"])
+                content[s]["classification_labels"] = list(np.arange(count) * 5 % 3)
 
     content = write(tmp_path / "a.pkl", mmsa, label)
     splits = data.load("mosi", tmp_path / "a.pkl", task="classification").splits
@@ -2208,11 +2214,15 @@ def test_a_run_on_the_stand_in_says_what_it_is_where_results_go_and_what_next(
     assert "with --coupling none and another --out" in capsys.readouterr().out
 
 
-def test_a_terminal_that_cannot_show_a_character_does_not_end_a_run(folder):
-    done = subprocess.run(
-        [sys.executable, str(HERE / "train.py"), *RUN, "2", "--epochs", "1"],
-        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True)
-    assert done.returncode == 0 and b"2 seeds" in done.stdout
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_cannot_show_a_character_does_not_end_a_run(
+        encoding, folder, monkeypatch):
+    folder = folder / "中文"                        # results go to it
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert train.main([*RUN, "2", "--epochs", "1", "--out", str(folder)]) == 0
+    terminal.flush()
+    assert b"2 seeds" in terminal.buffer.getvalue()
 
 
 def test_help_shows_every_option_and_the_default_of_those_that_have_one(capsys):
@@ -2312,12 +2322,15 @@ COMMANDS = {*COMMANDS, *re.findall(r"`(python train.py[^`]*)`", README)}
 TRAINING = sorted(c for c in COMMANDS if "train.py" in c)
 
 
-@pytest.mark.parametrize("snippet", [s for s in SNIPPETS if "numpy" not in s])
-def test_the_snippets_of_the_readme_need_torch_and_one_file(snippet, tmp_path):
+def test_the_snippets_of_the_readme_need_torch_and_one_file(tmp_path):
     copy_to(tmp_path, "coupled_mamba.py")
-    alone = "import sys\nsys.modules['numpy'] = sys.modules['triton'] = None\n"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", alone + snippet],
-                   cwd=tmp_path, check=True)
+    snippets = [s for s in SNIPPETS if "numpy" not in s]
+    assert len(snippets) == 4
+    code = "import sys\nsys.modules['numpy'] = sys.modules['triton'] = None\n"
+    for snippet in snippets:
+        code += f"exec({snippet!r}, {{}})\n"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path,
+                   check=True)
 
 
 def test_the_snippets_of_own_data_write_a_file_train_on_it_and_predict(folder):
