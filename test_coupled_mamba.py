@@ -7,6 +7,7 @@ Hypothesis draws the problems. The environment variable PROFILE says how many fo
 property: `dev` 5; `ci`, the default, 25, always the same; `thorough` 10,000.
 """
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -259,11 +260,8 @@ def test_the_scan_is_exact_under_autocast_and_refuses_second_derivatives(mode):
     dx, = torch.autograd.grad((y ** 2).sum(), p["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
-
-
-def test_recurrence_has_second_derivatives():
     p = problem(2, 1, 3, 2, 2)
-    assert torch.autograd.gradgradcheck(
+    assert torch.autograd.gradgradcheck(         # which only `recurrence` has
         lambda *values: coupled_scan(**dict(zip(p, values)), mode="recurrence"),
         [v.requires_grad_() for v in p.values()], atol=1e-6, fast_mode=True)
 
@@ -499,22 +497,21 @@ def test_4096_steps_stay_finite_but_the_plain_sum_of_the_paper_overflows():
 def test_every_parameter_starts_where_the_paper_says():
     torch.manual_seed(0)
     model = CoupledMamba((768, 33, 709), coupling="learned")
+    assert_close(model.mix[0].weight.std(), 256 ** -0.5, 0.02)
+    assert (model.modality_logits == 0).all()
     for block in model.blocks:
         step = F.softplus(block.dt_bias)
         assert 0.99e-3 < step.min() < 2e-3 and 0.05 < step.max() < 1.01e-1
         A = -torch.arange(1., 65).expand(3, 256, 64)
         assert_close(-torch.exp(block.A_log), A, 1e-6)
-        assert (block.D == 1).all() and (block.norm_weight == 1).all()
         assert block.dt_proj.weight.shape == (3, 8, 256)
         assert_close(block.weights(None), torch.full((3,), 1 / 3), 1e-6)
         for name, fan_in in (("in_proj", 128), ("x_proj", 256), ("out_proj", 256)):
-            weight = getattr(block, name).weight
-            assert_close(weight.std(), fan_in ** -0.5, 0.02)
+            assert_close(getattr(block, name).weight.std(), fan_in ** -0.5, 0.02)
         assert_close(block.conv_weight.std(), 0.5, 0.05)
         for name in ("norm_bias", "conv_bias", "coupling_logits"):
             assert (getattr(block, name) == 0).all()
-    assert (model.modality_logits == 0).all()
-    assert_close(model.mix[0].weight.std(), 256 ** -0.5, 0.02)
+        assert (block.D == 1).all() and (block.norm_weight == 1).all()
 
 
 @pytest.mark.parametrize("part", ["block", "head"])
@@ -601,8 +598,7 @@ def test_memory_of_a_stream_in_pieces_does_not_grow_with_its_length():
     for l in (64, 640):
         state = model.init_state(1)
         with Largest() as seen, torch.no_grad():
-            for first in range(0, l, 64):
-                piece = [x[:, first:first + 64] for x in xs]
+            for piece in zip(*(x[:, :l].split(64, 1) for x in xs)):
                 out, state = model.advance(piece, state)
         sizes.append(seen.size)
         assert sum(v.untyped_storage().nbytes() for v in state.values()) < 10_000
@@ -668,40 +664,39 @@ def test_wrong_arguments_of_the_model_are_named(change, message):
 
 
 STREAMS = r"expected a list of 3 tensors \(b, l, width\) with the widths \(5, 3, 4\)"
-SHAPE = "mask .*m 3, b 2, l 7"
-MISTAKES = {
-    "float32 features": (
-        lambda xs, mask: ([x.float() for x in xs], mask),
-        r"xs\[0\] is a tensor of torch.float32 .*, expected a tensor of torch.float64"),
-    "integer features": (
-        lambda xs, mask: ([x.long() for x in xs], mask), "is a tensor of torch.int64"),
-    "NumPy mask": (lambda xs, mask: (xs, mask.numpy()), "mask is a ndarray, expected"),
-    "list as mask": (lambda xs, mask: (xs, mask.tolist()), "mask is a list, expected"),
-    "float mask": (lambda xs, mask: (xs, mask.double()), "mask .*torch.float64.*bool"),
-    "short mask": (lambda xs, mask: (xs, mask[..., 1:]), SHAPE),
-    "mask of one step": (lambda xs, mask: (xs, mask[..., :1]), SHAPE),
-    "mask of one sample": (lambda xs, mask: (xs, mask[:, :1]), SHAPE),
-    "one tensor": (lambda xs, mask: (xs[0], mask), "xs is a tensor of .*" + STREAMS),
-    "a dict": (lambda xs, mask: (dict(enumerate(xs)), mask), "a dict, " + STREAMS),
-    "NumPy features": (lambda xs, mask: ([x.numpy() for x in xs], mask), "a ndarray"),
-    "two streams": (lambda xs, mask: (xs[:2], mask), STREAMS),
-    "four streams": (lambda xs, mask: ([*xs, xs[0]], mask), STREAMS),
-    "None for a stream": (lambda xs, mask: ([None, *xs[1:]], mask), "is a NoneType"),
-    "other lengths": (lambda xs, mask: ([*xs[:2], xs[2][:, :5]], mask), "l 7, width 4"),
-    "other batches": (lambda xs, mask: ([*xs[:2], xs[2][:1]], mask), "b 2, l 7, width"),
-    "other order": (lambda xs, mask: ([xs[1], xs[0], xs[2]], mask), "width 5"),
-    "no axis of time": (lambda xs, mask: ([x[:, 0] for x in xs], mask), "l >= 1"),
-    "no steps": (lambda xs, mask: ([x[:, :0] for x in xs], mask[..., :0]), "l >= 1")}
+MASK = "torch.bool and shape .m 3, b 2, l 7"
+MISTAKES = {                     # of xs or of the mask, and what is said
+    "float32 features": ("xs", lambda xs: [x.float() for x in xs],
+                         r"xs\[0\] .*torch.float32 .*expected .*torch.float64"),
+    "integer features": ("xs", lambda xs: [x.long() for x in xs], "torch.int64"),
+    "NumPy features": ("xs", lambda xs: [x.numpy() for x in xs], "is a ndarray"),
+    "one tensor": ("xs", lambda xs: xs[0], "xs is a tensor of .*" + STREAMS),
+    "a dict": ("xs", lambda xs: dict(enumerate(xs)), "xs is a dict, " + STREAMS),
+    "two streams": ("xs", lambda xs: xs[:2], STREAMS),
+    "four streams": ("xs", lambda xs: [*xs, xs[0]], STREAMS),
+    "None for a stream": ("xs", lambda xs: [None, *xs[1:]], "is a NoneType"),
+    "other lengths": ("xs", lambda xs: [*xs[:2], xs[2][:, :5]], "l 7, width 4"),
+    "other batches": ("xs", lambda xs: [*xs[:2], xs[2][:1]], "b 2, l 7, width"),
+    "other order": ("xs", lambda xs: [xs[1], xs[0], xs[2]], "width 5"),
+    "no axis of time": ("xs", lambda xs: [x[:, 0] for x in xs], "l >= 1"),
+    "no steps": ("xs", lambda xs: [x[:, :0] for x in xs], "l >= 1"),
+    "NumPy mask": ("mask", lambda mask: mask.numpy(), "mask is a ndarray, .*" + MASK),
+    "list as mask": ("mask", lambda mask: mask.tolist(), "mask is a list, .*" + MASK),
+    "float mask": ("mask", lambda mask: mask.double(), "mask .*float64 .*" + MASK),
+    "short mask": ("mask", lambda mask: mask[..., 1:], "mask .*" + MASK),
+    "mask of one step": ("mask", lambda mask: mask[..., :1], "mask .*" + MASK),
+    "mask of one sample": ("mask", lambda mask: mask[:, :1], "mask .*" + MASK)}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_the_input_of_the_model_gets_a_sentence(mistake):
     model, xs = model_and_input()
-    change, message = MISTAKES[mistake]
-    xs, mask = change(xs, torch.ones(3, 2, 7, dtype=torch.bool))
-    for call in (model, model.features, lambda xs, mask: model.advance(xs, {}, mask)):
+    given_ones = {"xs": xs, "mask": torch.ones(3, 2, 7, dtype=torch.bool)}
+    name, change, message = MISTAKES[mistake]
+    given_ones[name] = change(given_ones[name])
+    for call in (model, model.features, functools.partial(model.advance, state={})):
         with pytest.raises(ValueError, match=message):
-            call(xs, mask)
+            call(**given_ones)
 
 
 def test_a_mistake_in_the_input_of_a_block_or_in_a_state_gets_a_sentence():
@@ -879,8 +874,7 @@ from triton.compiler import ASTSource
 for name, b, arch in (("_reduce", 16, 90), ("_forward", 128, 80), ("_backward", 16, 90),
                       ("_backward", 128, 90)):
     function = getattr(kernel, name)
-    x, A = (torch.empty(*shape, device="meta")
-            for shape in ((3, b, 500, 256), (3, 256, 64)))
+    x, A = torch.empty(3, b, 500, 256), torch.empty(3, 256, 64)
     _, sizes, values = kernel.plan(x, A, name == "_backward")
     values |= {"K": kernel.CHUNK, "KEEP": True, "DW": True, "REVERSE": True}
     if sizes[3] == 1:
@@ -889,28 +883,25 @@ for name, b, arch in (("_reduce", 16, 90), ("_forward", 128, 80), ("_backward", 
     signature = {k: "constexpr" if k in values else "*fp32" for k in names}
     for k in {"b", "l", "e", "segments", "length"} - {*values}:
         signature[k] = "i32"
-    values = {k: v for k, v in values.items() if k in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(names)
                if signature[k] != "constexpr" and k not in ("l", "segments")}
-    made = triton.compile(ASTSource(function, signature, values, aligned),
-                          GPUTarget("cuda", arch, 32), {"num_warps": 1})
+    values = {k: v for k, v in values.items() if k in names}
+    source = ASTSource(function, signature, values, aligned)
+    made = triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": 1})
     Path("cubin").write_bytes(made.asm["cubin"])
     said = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", "cubin"],
-                          capture_output=True, text=True)
-    registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", said.stdout + said.stderr
-                                 ).groups()
+                          stdout=-1, stderr=subprocess.STDOUT, text=True).stdout
+    registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", said).groups()
     assert int(registers) <= 255 and stack == "0", (name, arch, registers, stack)
     assert re.search(r"[.]reqntid 32\\b", made.asm["ptx"])       # one warp
     assert made.metadata.shared <= 164 * 1024 // kernel.RESIDENT - 1024
-print("4 kernels")
 '''
 
 
 @triton_only
 def test_the_compiled_kernel_spills_no_register_and_sums_within_one_warp(tmp_path):
     copy_to(tmp_path, "kernel.py")
-    assert run_python(COMPILE, tmp_path, TRITON_INTERPRET="0",
-                      TRITON_CACHE_DIR=str(tmp_path)) == "4 kernels\n"
+    run_python(COMPILE, tmp_path, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
 
 # ------------------------------------------------------------ data: files of the tools
