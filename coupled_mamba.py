@@ -70,14 +70,14 @@ def discretize(x, delta, A, B):
 
 
 def recurrence(x, delta, A, B, C, w, H):
-    """Mode "recurrence": Eq. 6 as written, one step after the other. The reference."""
+    """Mode "recurrence": Eq. 6 with weights w, step after step. It is the reference."""
     ys = []
     steps = zip(x.unbind(2), delta.unbind(2), B.unbind(2), C.unbind(2), w.unbind(2))
     for x_t, delta_t, B_t, C_t, w_t in steps:
         S, V = discretize(x_t, delta_t, A, B_t)         # (m, b, e, n)
         h = S * H + V                                   # Eq. 6, the coupled transition
         ys.append(torch.einsum("mben,mbn->mbe", h, C_t))
-        H = torch.einsum("kb,kben->ben", w_t, h)        # Eq. 5 has one for each chain
+        H = torch.einsum("kb,kben->ben", w_t, h)        # Eq. 5: an H for each chain
     return torch.stack(ys, 2), H
 
 
@@ -98,7 +98,7 @@ def collapse(S, V, w):
 
 
 def convolution(x, delta, A, B, C, w, H0):
-    """Mode "convolution": Eq. 7 put into itself, down to H0, sums over all past inputs.
+    """Mode "convolution": Eq. 7, unrolled down to H0, is a sum over all past inputs.
 
         H[t] = P[t] ... P[1] H0 + sum_{s <= t} P[t] ... P[s+1] U[s]
 
@@ -114,7 +114,7 @@ def convolution(x, delta, A, B, C, w, H0):
 
     # P[t] ... P[s+1] is exp of a sum of logarithms. Each sum is taken by itself: in the
     # gradient of a difference of cumulative sums, a small P is lost beside a large one.
-    # So that P = 0 gives no NaN, a number is added, whose inverse does not overflow.
+    # log 0 would give NaN, so a number is added; 1 / tiny would overflow in backward.
     log_P = torch.log(P + torch.finfo(P.dtype).tiny ** 0.5)
     t = torch.arange(l, device=x.device)[:, None, None, None]
     s = t.transpose(0, 1)
@@ -233,7 +233,7 @@ class Block(nn.Module):
     Args:
         m, d_model: number of modalities, width of their features.
         d_state, expand, d_conv: n, e / d_model, steps that the convolution reads.
-        dt_rank: rank of the map to delta. None is d_state // 8, the paper's choice.
+        dt_rank: rank of the map to delta; None: max(1, d_state // 8), as in the paper.
         coupling: the weights w of the chains in H. "mean": 1/m. "learned": softmax of
             logits that start at zero. "sum": 1, as in Eq. 6; H then grows like m^l and
             overflows within some 100 steps. "none": one Mamba for each modality.
@@ -272,7 +272,7 @@ class Block(nn.Module):
             self.coupling_logits = nn.Parameter(torch.zeros(m))
 
     def forward(self, f, mask=None, state=None):
-        """f (m, b, l, d_model) -> features of the same shape, and the next state.
+        """f (m, b, l, d_model) -> features like f, 0 where missing, and the next state.
 
         mask: (m, b, l) bool, True where a modality has a real step; None: all are real.
         state: what the call on the steps before returned; None: nothing came before.
@@ -281,10 +281,10 @@ class Block(nn.Module):
         _, b, l, _ = check("f", f, self.D, self.D.dtype, m=m, b=None, l=None, d=d)
         if mask is not None:
             check("mask", mask, f, torch.bool, m=m, b=b, l=l)
-        if state is None:
-            state = self.init_state(b)
+        state = self.init_state(b) if state is None else state
         check_state(state, self.init_state(b))
 
+        f = zero_absent(f, mask)
         normed = F.layer_norm(f, (d,)) * self.norm_weight[:, None, None]
         normed = normed + self.norm_bias[:, None, None]          # Alg. 1, line 3
         u, z = self.in_proj(normed).chunk(2, -1)              # lines 4, 5: (m, b, l, e)
@@ -575,7 +575,7 @@ class Scan(torch.autograd.Function):
         A2 = A * math.log2(math.e)                       # exp2 is faster than exp
         S = x.new_empty(min(CHUNK, l), b, *A.shape)
         H = H.clone(memory_format=torch.contiguous_format)
-        H_chains, H_row = H[:, None], H.flatten(1)[:, None]      # of the same memory
+        H_chains, H_row = H[:, None], H.flatten(1)[:, None]      # views of H
         v = delta * x
         wv = (w[..., None] * v).mT                       # (l, b, e, m)
         y = v * (B * C).sum(-1, keepdim=True)            # v (C . B)

@@ -4,8 +4,7 @@ mosi, mosei, sims, simsv2: a pickle of the MMSA project, a dict of train, valid,
     Each has `text`, `audio`, `vision` (N, frames, width) and labels. It may count the
     real frames: `text_lengths` and so on (N,); or mark those of text: `text_bert`
     (N, 3, frames), whose middle row is the attention mask.
-brca, rosmap: a MOGONET folder of tables without header, 1_tr.csv, 1_te.csv, 2_tr.csv,
-    labels_te.csv and so on: three views, a row per patient.
+brca, rosmap: a MOGONET folder: three views, 1_tr.csv ... 3_te.csv, and labels_tr.csv.
 mmimdb: an HDF5 file with `features`, `vgg_features` and `genres`.
 own: a NumPy file (.npz) with `train/<stream>` (N, frames, width) for each stream,
     `train/y`, perhaps `train/<stream>_lengths` (N,); likewise valid and test.
@@ -29,7 +28,6 @@ MODALITIES = ("text", "audio", "vision")
 OMICS = ("mrna", "methylation", "mirna")
 SENTIMENT = ("regression", "classification")
 VECTORS = ("mogonet", "mmimdb")  # layouts whose samples are vectors
-VECTOR_STEPS = 20
 BLOCK_ELEMENTS = 1 << 22  # worked on at once: some 50 MB with the copies
 SENTINEL = np.float64(1e30)  # no feature is that large
 LATENT = 8  # directions that carry a stream of the stand-in
@@ -107,9 +105,13 @@ def load(name, path, length=None, task=None):
         aligned = len(frames) == 1 and (own or not told & {1, 2})  # 3: a mask
         usual = max(frames) if own and aligned else min(50, max(frames))
         if spec.layout in VECTORS:
-            aligned, usual = False, VECTOR_STEPS
-        preparation = {"layout": spec.layout, "length": length or usual,
-                       "aligned": aligned, "widths": list(spec.widths)}
+            aligned, usual = False, 20
+        length = length or usual
+        whole = own and aligned and frames == {length}  # streams stay as they are
+        preparation = {"layout": spec.layout, "length": length, "aligned": aligned,
+                       "whole": whole, "widths": list(spec.widths)}
+        if own and not aligned:
+            notes.append("streams of different numbers of frames are stretched to one")
         splits = {s: Split(*_to_steps(streams, preparation), y)
                   for s, (streams, y) in raw.items()}
     except DataError as error:
@@ -164,9 +166,8 @@ def default_path(name):
 def how_to_get(name):
     """Where to download the dataset and where to put it, as a sentence."""
     spec = SPECS[name]
-    return (f"To train on the real {name.upper()}, get {spec.file} from "
-            f"{SOURCES[spec.layout]}, and put it into {default_path(name).parent}, or "
-            "name it with --data.")
+    return (f"Get {spec.file} from {SOURCES[spec.layout]}, and put it into "
+            f"{default_path(name).parent}, or name it with --data.")
 
 
 # ---------------------------------------- checks
@@ -213,8 +214,7 @@ def _labels(y, spec, task, s):
     """Labels as in `Split.y`: numbers, classes, or several labels of 0 and 1."""
     if y.shape[1:] == (1,) and spec.layout in ("mmsa", "mogonet"):
         y = y[:, 0]
-    columns = ()
-    dtype = np.float32
+    columns, dtype = (), np.float32
     if task == "regression":
         limit = 1.001 * spec.scale or SENTINEL
         right = np.abs(y) <= limit
@@ -233,15 +233,15 @@ def _labels(y, spec, task, s):
     return y.astype(dtype)
 
 
-def _check(streams, samples, layout, widths, aligned=False):
+def _check(streams, samples, layout, widths, frames=()):
     """Refuse streams that do not fit the labels, the widths, or each other."""
     axes = 2 if layout in VECTORS else 3
     for (name, x, _), width in zip(streams, widths):
-        clock = streams[0][1] if aligned else x
-        shape = (samples, *clock.shape[1:-1], width)
-        if x.shape != shape or x.ndim != axes or 0 in x.shape:
-            raise DataError(f"{name} has shape {x.shape}, expected {axes} axes, none "
-                            f"empty, and {samples} samples, like {shape}")
+        fits = x.shape == (samples, *(frames or x.shape[1:-1]), width)
+        if not fits or x.ndim != axes or 0 in x.shape:
+            shape = (samples, *(frames or ["frames"][:axes - 2]), width)
+            raise DataError(f"{name} has shape {x.shape}, expected {samples} samples, "
+                            f"none of them empty, like {shape}")
 
 
 # ---------------------------------------- a pickle, read but not run
@@ -432,11 +432,12 @@ def prepare(streams, preparation, lengths=None):
     if not len(streams) == len(lengths) == len(widths):
         raise DataError(f"got {len(streams)} streams and {len(lengths)} lengths, "
                         f"expected {len(widths)} of each")
-    raw = []
-    for i, (x, told) in enumerate(zip(streams, lengths)):
-        told = None if told is None else np.asarray(told)
-        raw.append((f"stream {i}", np.atleast_1d(x), told))
-    _check(raw, len(raw[0][1]), preparation["layout"], widths, preparation["aligned"])
+    raw = [(f"stream {i}", np.atleast_1d(x), told)
+           for i, (x, told) in enumerate(zip(streams, lengths))]
+    frames = raw[0][1].shape[1:2] if preparation["aligned"] else ()
+    if preparation["whole"]:
+        frames = (preparation["length"],)
+    _check(raw, len(raw[0][1]), preparation["layout"], widths, frames)
     xs, mask = _to_steps(raw, preparation)
     _standardise(xs, mask, preparation)
     return xs, mask
@@ -457,8 +458,7 @@ def _to_steps(streams, preparation):
     real = [_real_frames(*stream, own) for stream in streams]
     clocks = real
     if preparation["aligned"]:
-        whole = own and real[0].shape[1] == length  # streams stay as they are
-        clocks = [np.logical_or.reduce(real) | whole] * len(real)
+        clocks = [np.logical_or.reduce(real) | preparation["whole"]] * len(real)
 
     for (_, x, told), clock, inside in zip(streams, clocks, real):
         if told is None:  # frames of zeros between others are real
@@ -486,6 +486,7 @@ def _real_frames(name, x, lengths, zeros_too):
     if lengths is None:
         return nonzero | zeros_too
 
+    lengths = np.asarray(lengths)
     if lengths.size == samples and (lengths >= 0).all() and (lengths % 1 == 0).all():
         at_start = np.arange(frames) < lengths.reshape(-1, 1)
         at_end = np.arange(frames, 0, -1) <= lengths.reshape(-1, 1)
@@ -537,8 +538,7 @@ def _fit(splits, preparation):
         _standardise(split.xs, split.mask, preparation)
 
 
-def _standardise(xs, mask, preparation):
-    """In place"""
+def _standardise(xs, mask, preparation):  # in place
     for i, x in enumerate(xs):
         x -= np.array(preparation["mean"][i], np.float32)
         x /= np.array(preparation["deviation"][i], np.float32)
@@ -571,7 +571,7 @@ def synthetic(name, length=None, samples=None, seed=0, task=None):
     spec = SPECS[name]._replace(samples=samples)
     widths = list(spec.widths)
     if spec.layout in VECTORS:
-        length = length or VECTOR_STEPS
+        length = length or 20
         widths = [-(-width // length) for width in widths]
     length = length or 50
 
@@ -589,7 +589,8 @@ def synthetic(name, length=None, samples=None, seed=0, task=None):
             for row in xs[-1]:  # row by row, to bound the work space
                 row += 0.05 * rng.standard_normal(row.shape, np.float32)
         splits[s] = Split(xs, np.ones((len(xs), count, length), bool), y)
-    preparation = {"layout": "own", "length": length, "aligned": True, "widths": widths}
+    preparation = dict(layout="own", length=length, aligned=True, whole=True,
+                       widths=widths)
     _fit(splits, preparation)
     return Dataset(name, True, spec, splits, preparation, [])
 

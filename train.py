@@ -725,8 +725,9 @@ def begin(args, config, rank):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     config |= {"task": task or dataset.spec.tasks[0], "processes": world,
-               "length": dataset.splits["train"].xs[0].shape[1],
-               "samples": [len(split.y) for split in dataset.splits.values()]}
+               "length": dataset.preparation["length"],
+               "samples": list(dataset.spec.samples),
+               "streams": list(dataset.spec.modalities)}
     return Run(config, dataset, out, device, rank, world)
 
 
@@ -751,11 +752,10 @@ def introduce(run):
     except ValueError as error:
         raise data.DataError(f"--mode: {error}") from None
     size = sum(p.numel() for p in model.parameters())
-    run.say(f"{size:,} parameters, {hardware(config['device'])}. "
-            f"Results go to {run.out}.")
+    run.say(f"{size:,} parameters, outputs {model.config['d_output']}, "
+            f"{hardware(config['device'])}. Results go to {run.out}.")
     if config["fusion"] == "coupled" and config["coupling"] != "none":
-        run.say("To see what the coupling adds, run the same with --fusion mamba, or, "
-                "to keep the Cat, with --coupling none and another --out.")
+        run.say("To see what the coupling adds, use --coupling none and another --out.")
 
 
 def is_out_of_memory(error):
