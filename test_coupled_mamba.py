@@ -1502,6 +1502,25 @@ def test_the_stand_in_is_of_the_published_size_and_the_same_for_the_same_seed():
     assert (one.splits["test"].xs[0] != other.splits["test"].xs[0]).any()
 
 
+# Widths, samples, classes, range of labels; of the stand-in for 40 training samples the
+# mean sizes of the features, and the sum of the labels. Results depend on all of them.
+RECORDED = {
+    "mosi": (793, 2199, 3, 3.0), "mosei": (877, 22856, 3, 3.0),
+    "sims": (1510, 2281, 3, 1.0, 0.72236, 0.72305, 0.77932, 4.66667),
+    "simsv2": (970, 4403, 3, 1.0), "rosmap": (600, 351, 2, 0.0),
+    "brca": (2503, 875, 5, 0.0, 0.71171, 0.77406, 0.78246, 79.0)}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_published_numbers_and_the_stand_in_are_the_recorded_ones(name):
+    spec = data.SPECS[name]
+    found = [sum(spec.widths), sum(spec.samples), spec.classes, spec.scale]
+    if len(RECORDED[name]) > 4:
+        split = data.synthetic(name, samples=(40, 5, 5)).splits["train"]
+        found += [np.abs(x).mean() for x in split.xs] + [split.y.sum()]
+    assert found == pytest.approx(list(RECORDED[name]), rel=1e-4)
+
+
 def main_directions(x):
     """(width, 8): the directions in which the features of a stream vary most."""
     frames = x.reshape(-1, x.shape[2])[:1500]
@@ -1924,7 +1943,7 @@ def test_an_option_changes_what_it_names_and_nothing_else(words):
 
 def test_the_defaults_are_those_of_the_paper_of_the_dataset_and_of_the_stand_in(folder):
     model = train.make_model(config_of(), WIDTHS, 1)
-    assert model.config == CoupledMamba(WIDTHS, 1).config
+    assert model.config == CoupledMamba(WIDTHS).config
 
     def parsed(*argv):
         return vars(train.parse(["--dataset", *argv]))
