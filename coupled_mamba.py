@@ -104,7 +104,7 @@ def convolution(x, delta, A, B, C, w, H0):
 
     The paper writes the products as powers P^i (Eqs. 8, 21, 22): see `fft_convolution`.
     In the selective model P changes at every step, so the kernel is a lower-triangular
-    matrix over (t, s), with O(l^2 e n) of time and memory.
+    matrix over (t, s), with O(b l^2 e n) of time and memory.
     """
     if (w < 0).any():                                  # the logarithm of P would be NaN
         raise ValueError("got negative weights w: use mode='recurrence' or mode='scan'")
@@ -215,8 +215,8 @@ class StackedLinear(nn.Module):
     """One linear map for each modality, stored together so that one einsum serves all.
 
     NOTE: the initialisation keeps the variance; nn.Linear's would keep a third of it.
-    What y gets from the state is cubic in x, because B and C depend on x, too: at the
-    start it is 0.1 of the skip D x; with nn.Linear's it would be 0.002 of it.
+    What y gets from the state is cubic in x, because B and C depend on x, too: at first
+    a tenth of the skip D x; with PyTorch's initialisation it would be some thousandths.
     """
 
     def __init__(self, m, d_in, d_out):
@@ -451,7 +451,8 @@ class CoupledMamba(nn.Module):
             f, own = block(f, mask, own)
             states |= {f"{i}.{name}": v for name, v in own.items()}
             if i < len(self.mix):                                    # "Cat" of Figure 1
-                others = [torch.cat([*f[:k], *f[k + 1:]], -1) for k in range(len(f))]
+                fs = f.unbind()
+                others = [torch.cat(fs[:k] + fs[k + 1:], -1) for k in range(len(fs))]
                 f = zero_absent(f + self.mix[i](torch.stack(others)), mask)
         return f, states
 
@@ -528,7 +529,6 @@ def check_state(state, start):
 
 
 # ================================================================= the method ends here
-# What follows computes the same numbers faster. The model is understood without it.
 CHUNK = 10                    # steps between two states that are kept for backward
 CACHED = 2 ** 20              # numbers of S to work on at once, for the cache: 4 MB
 
@@ -600,29 +600,36 @@ class Scan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, G):
         x, delta, A, B, C, w, *kept = ctx.saved_tensors
-        dx, ddelta, dB, dC, dw = (v.new_empty(v.shape) for v in (x, delta, B, C, w))
-        dA = torch.zeros_like(A)
         large = A.new_empty(2, min(CHUNK, len(x)), len(G), *A.shape)
         states = A.new_empty(2, min(CHUNK, len(x)) + 1, *G.shape)
+        dA = torch.zeros_like(A)
         with torch.autocast(dy.device.type, enabled=False):
+            delta, B, C, w, dy = (u.contiguous() for u in (delta, B, C, w, dy))
+            v = delta * x
+            wv = (w[..., None] * v).mT
+            sums = [torch.empty_like(u) for u in (dy, dy, B, B)] + [torch.zeros_like(w)]
             for i in reversed(range(len(kept))):
                 chunk = slice(i * CHUNK, i * CHUNK + CHUNK)
-                now = [u[chunk].contiguous() for u in (x, delta, B, C, w, dy)]
-                *found, dA_chunk, G = chunk_gradients(
-                    *now, A, kept[i], G, large, states, ctx.needs_input_grad[5])
-                dx[chunk], ddelta[chunk], dB[chunk], dC[chunk], dw[chunk] = found
-                dA += dA_chunk
-        return dx, ddelta, dA, dB, dC, dw, G.clone()
+                now = [u[chunk] for u in (delta, v, wv, B, C, w, dy, *sums)]
+                G = chunk_sums(*now, dA, A, kept[i], G, large, states,
+                               ctx.needs_input_grad[5])
+            zA, GB, Gv, dySH, dw = sums
+            dw += (GB * v).sum(-1)
+            vdy = (v * dy).sum(-1, keepdim=True)
+            dB = Gv.mul_(w[..., None]).addcmul_(C, vdy)
+            dC = dySH.addcmul_(B, vdy)
+            dv = GB.mul_(w[..., None]).addcmul_(dy, (C * B).sum(-1, keepdim=True))
+            ddelta = zA.addcmul_(dv, x)
+        return dv.mul_(delta), ddelta, dA, dB, dC, dw, G.clone()
 
 
-def chunk_gradients(x, delta, B, C, w, dy, A, H_first, G_last, large, states, needs_dw):
-    """Gradients of x, delta, B, C, w, A and H, from H before a chunk and G after it."""
-    k, b, m, _ = x.shape
+def chunk_sums(delta, v, wv, B, C, w, dy, zA, GB, Gv, dySH, dw, dA, A, H_first, G_last,
+               large, states, needs_dw):
+    """Write zA, GB, Gv and dySH of a chunk, add to dw and dA, return G before it."""
+    k, b, m, _ = v.shape
     S, g = large[:, :k]              # (k, b, m, e, n); g also holds products for a sum
     H, G = states[:, :k + 1]         # (k + 1, b, e, n); step t reads H[t] and G[t + 1]
     H_rows, G_rows = states[:, :k + 1].flatten(3).unsqueeze(3)      # (..., 1, e n)
-    v = delta * x
-    wv = (w[..., None] * v).mT
     H[0], G[k] = H_first, G_last
     torch.mul(delta[..., None], A * math.log2(math.e), out=S).exp2_()
     steps = zip(S, g, g.flatten(3), w[:, :, None], wv, B, H[:, :, None], H[1:],
@@ -632,9 +639,8 @@ def chunk_gradients(x, delta, B, C, w, dy, A, H_first, G_last, large, states, ne
         torch.bmm(w_t, rows, out=H_row)
         H_next.baddbmm_(wv_t, B_t)                                      # Eq. 7
 
-    dySH = (dy[..., None, :] @ g).squeeze(3)                            # sum_e dy S H
+    dySH[:] = (dy[..., None, :] @ g).squeeze(3)                         # sum_e dy S H
     torch.mul(dy[..., None], C[..., None, :], out=g)                    # C dy
-    dw = torch.zeros_like(w)
     ones = S.new_ones(b, 1, m)
     steps = zip(S, g, S.flatten(3), w[..., None, None], dw, H_rows, G[1:, :, None],
                 G_rows[1:], G_rows)
@@ -644,17 +650,11 @@ def chunk_gradients(x, delta, B, C, w, dy, A, H_first, G_last, large, states, ne
         S_t.mul_(g_t.addcmul_(w_t, G_t))                                # S g
         torch.bmm(ones, rows, out=G_before)                             # G[t-1]
     z = S.mul_(H[:k, :, None])
-    zA = torch.mul(z, A, out=g).sum(-1)
-    dA = torch.mul(z, delta[..., None], out=g).flatten(0, 1).sum(0)
-
-    GB = B @ G[1:].mT                                                   # (k, b, m, e)
-    Gv = v @ G[1:]                                                      # (k, b, m, n)
-    dv = dy * (C * B).sum(-1, keepdim=True) + w[..., None] * GB
-    vdy = (v * dy).sum(-1, keepdim=True)
-    dB = C * vdy + w[..., None] * Gv
-    dC = B * vdy + dySH
-    dw += (GB * v).sum(-1)
-    return dv * delta, dv * x + zA, dB, dC, dw, dA, G[0]
+    torch.sum(torch.mul(z, A, out=g), -1, out=zA)
+    dA += torch.mul(z, delta[..., None], out=g).flatten(0, 1).sum(0)
+    torch.matmul(B, G[1:].mT, out=GB)                                   # (k, b, m, e)
+    torch.matmul(v, G[1:], out=Gv)                                      # (k, b, m, n)
+    return G[0]
 
 
 # ------------------------------------------------------------------- the Triton kernel

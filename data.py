@@ -10,9 +10,9 @@ own: a NumPy file (.npz) with `train/<stream>` (N, frames, width) for each strea
     `train/y`, perhaps `train/<stream>_lengths` (N,); likewise valid and test.
     `y`: (N,) floats, (N,) classes from 0, or (N, k) of 0 and 1 for k labels.
 
-A stream becomes `length` steps, each the mean of a segment of its real frames. If the
-file does not tell them, zeros at both ends are padding. Streams with one number of
-frames (and, in a pickle, no lengths) share one clock: all are cut at the same frames.
+A stream becomes `length` steps, each the mean of a segment of its real frames. Streams
+with one number of frames (and, in a pickle, no lengths) share one clock: all are cut at
+the same frames. Without lengths zeros at both ends are padding, but data in such `own`.
 """
 import contextlib
 import mmap
@@ -76,7 +76,7 @@ class DataError(Exception):
 
 class Split(NamedTuple):
     xs: list            # per modality (N, length, width) float32
-    mask: np.ndarray    # (m, N, length) bool, False where a sample lacks a modality
+    mask: np.ndarray    # (m, N, length) bool, False where a step is missing
     y: np.ndarray       # (N,) float32, (N,) int64 classes, or (N, k) of 0. and 1.
 
 
@@ -102,7 +102,7 @@ def load(name, path, length=None, task=None):
         own = spec.layout == "own"
         frames = {x.shape[1] for streams, _ in raw.values() for _, x, _ in streams}
         told = {np.ndim(n) for streams, _ in raw.values() for _, _, n in streams}
-        aligned = len(frames) == 1 and (own or not told & {1, 2})  # 3: a mask
+        aligned = len(frames) == 1 and (own or not told & {1, 2})  # 3 axes: a mask
         usual = max(frames) if own and aligned else min(50, max(frames))
         if spec.layout in VECTORS:
             aligned, usual = False, 20
@@ -414,7 +414,7 @@ def _own(path, name, task):
         task, classes = "regression", 0
     elif y.ndim == 1:
         largest = [np.nan_to_num(y).max(initial=1) for _, y in raw.values()]
-        classes = 1 + int(max(largest))
+        classes = 1 + int(min(max(largest), len(y)))  # an id is no class
     spec = Spec("own", path.name, names, (), (), classes, tasks=(task,))
     return raw, spec, tables
 
@@ -454,8 +454,8 @@ def _to_steps(streams, preparation):
             xs.append(x.reshape(len(x), length, width).astype(np.float32))
         return xs, np.ones((len(xs), len(x), length), bool)
 
-    own = layout == "own" and preparation["aligned"]  # then zeros are data
-    real = [_real_frames(*stream, own) for stream in streams]
+    zeros_too = layout == "own" and preparation["aligned"]
+    real = [_real_frames(*stream, zeros_too) for stream in streams]
     clocks = real
     if preparation["aligned"]:
         clocks = [np.logical_or.reduce(real) | preparation["whole"]] * len(real)

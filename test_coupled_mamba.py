@@ -221,7 +221,7 @@ def test_the_modes_agree_in_values_and_every_gradient(mode, p, cuts, read, froze
 # The interpreter is slow, and shrinking would take minutes. The examples have several
 # samples, blocks of e and segments at once, and a tile of e n > 128 in `_reduce`.
 @triton_only
-@settings(max_examples=max(1, EXAMPLES // 4), phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=max(1, EXAMPLES // 5), phases=[Phase.explicit, Phase.generate])
 @given(problems_up_to(3, 2, 9, 6, st.sampled_from([1, 2, 4, 8])), CUTS, READ, FROZEN)
 @example(problem(2, 2, 5, 6, 4), dict(chunk=2, cached=1, tile=8, segments=True), "all",
          set())
@@ -1340,6 +1340,7 @@ HOSTILE = [
     (own, b"hello", "not a complete NumPy file"),
     (own, wrong(None, "valid/leg", None), "has no valid/leg"),
     (own, wrong(None, "test/y", np.full(7, -1)), "from 0 to 2"),
+    (own, wrong(None, "test/y", np.full(7, 10 ** 17)), "values like [100000000000"),
     (own, wrong(None, "train/arm", np.array([None])), "allow_pickle=False"),
 ]
 
@@ -1837,7 +1838,7 @@ def epochs_by_hand(run, seed, optimizer_class):
 
 
 @pytest.mark.parametrize("optimizer, kind, epochs", [
-    ("adamw", torch.optim.AdamW, 52), ("adam", torch.optim.Adam, 4)])
+    ("adamw", torch.optim.AdamW, 51), ("adam", torch.optim.Adam, 4)])
 def test_a_run_is_a_plain_loop_with_masks_and_the_best_epoch_on_valid(
         optimizer, kind, epochs, run):
     run.config.update(weight_decay=0.1, batch_size=5, epochs=epochs,
@@ -2194,9 +2195,10 @@ def test_autocast_changes_how_and_hardly_what(folder):
     "--fusion x", "--dropout 1", "--out a.pkl", "--device cuda", "--mode kernel",
     "--fusion mamba --coupling learned", "--fusion attention --no-mix",
     "--optimizer sgd", "--dataset brca --task regression", "--workers 2",
-    "--dataset own", "--dataset own --data a.pkl"])
+    "--dataset own", "--dataset own --data a.pkl", "--benchmark --mode kernel"])
 def test_a_wrong_command_is_one_sentence_and_code_2(words, folder, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "in_own_process", lambda function, *v: function(*v))
     if kernel:
         monkeypatch.setattr(kernel.knobs.runtime, "interpret", False)
     try:
@@ -2226,16 +2228,12 @@ def test_out_of_memory_is_one_line_and_other_errors_are_not_hidden(
     assert "try a smaller --batch-size" in message and message.count("\n") == 1
 
 
-def test_a_run_on_the_stand_in_says_what_it_is_where_results_go_and_what_next(
-        folder, capsys):
-    argv = ["--dataset", "sims", "--epochs", "1", *TINY]
-    assert train.main(argv) == 0
+def test_a_run_on_the_stand_in_says_what_it_is_and_where_results_go(folder, capsys):
+    assert train.main(["--dataset", "sims", "--epochs", "1", *TINY]) == 0
     out = capsys.readouterr().out
-    assert "There are no data at data/sims" in out and "12 samples" in out
-    assert "Results go to runs/sims-coupled" in out and "use --coupling none" in out
-    assert "streams=['text', 'audio', 'vision']" in out and "outputs 1, " in out
-    assert train.main([*argv, "--fusion", "mamba"]) == 0
-    assert "what the coupling adds" not in capsys.readouterr().out
+    for words in ("There are no data at data/sims", "12 samples", "outputs 1, ",
+                  "Results go to runs/sims-coupled", "'text': 768"):
+        assert words in out
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -521,7 +521,7 @@ CASES = [Case("inference"), Case("inference in pieces of 64", FUSIONS[:2], piece
 def benchmark(config, spec, lengths):
     """Print time and peak memory of the chosen model for each length (Figures 3, 4)."""
     print(hardware(config["device"]), config, "on synthetic numbers")
-    print("median seconds, on a CPU of all threads; peak MB besides model and inputs")
+    print("median seconds (CPU: sum of threads); peak MB besides model and inputs")
     print(f"length  {'case':26} {'seconds':>10} {'MB':>10}   -: out of memory")
 
     cases = [case for case in CASES if config["fusion"] in case.fusions]
@@ -533,6 +533,8 @@ def benchmark(config, spec, lengths):
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+        except ValueError as error:
+            raise data.DataError(f"--mode: {error}") from None
         print(f"{length:6}  {case.label:26} {seconds:>10} {size:>10}", flush=True)
 
 
@@ -620,7 +622,7 @@ def make_parser(devices):
     rate = dict(type=number_in(float, 0), metavar="RATE")
 
     add = parser.add_argument
-    add("--dataset", required=True, choices=[*data.SPECS, "own"], help="must be given")
+    add("--dataset", required=True, choices=[*data.SPECS, "own"], help="required")
     add("--data", type=Path, help="file or folder (default: in data/, or a stand-in)")
     add("--out", type=Path, help="for the results (default: runs/<dataset>-<fusion>)")
     add("--task", choices=["regression", "classification"],
@@ -727,12 +729,12 @@ def begin(args, config, rank):
     config |= {"task": task or dataset.spec.tasks[0], "processes": world,
                "length": dataset.preparation["length"],
                "samples": list(dataset.spec.samples),
-               "streams": list(dataset.spec.modalities)}
+               "streams": dict(zip(dataset.spec.modalities, dataset.spec.widths))}
     return Run(config, dataset, out, device, rank, world)
 
 
 def introduce(run):
-    """Print once what is trained on what and where, and what to try next."""
+    """Print once what is trained on what and where."""
     config, dataset = run.config, run.dataset
     if dataset.synthetic:
         run.say(f"There are no data at {data.default_path(dataset.name)}: this is a "
@@ -754,8 +756,6 @@ def introduce(run):
     size = sum(p.numel() for p in model.parameters())
     run.say(f"{size:,} parameters, outputs {model.config['d_output']}, "
             f"{hardware(config['device'])}. Results go to {run.out}.")
-    if config["fusion"] == "coupled" and config["coupling"] != "none":
-        run.say("To see what the coupling adds, use --coupling none and another --out.")
 
 
 def is_out_of_memory(error):
