@@ -1591,12 +1591,15 @@ def by_counting(pairs):
     return right, np.mean([f1[c] for c in true]), np.mean(list(f1.values()))
 
 
-NUMBERS = [-3., -1., -0.75, -0.7, -0.1, -0.05, 0., 0.05, 0.1, 0.3, 0.7, 1.4, 2.6, 4.]
+NUMBERS = [-3., -1., -0.8, -0.7, -0.12, -0.1, -0.05, 0., 0.05, 0.1, 0.12, 0.3, 0.7, 0.8,
+           1.4, 2.6, 4.]
 
 
 @given(st.lists(st.tuples(*[st.sampled_from(NUMBERS)] * 2), min_size=1, max_size=9),
        st.sampled_from([0, 1, 3]))
 @example([(0., 0.)] * 5, 3)
+@example(list(itertools.product(NUMBERS, NUMBERS)), 1)
+@example(list(itertools.product(NUMBERS, NUMBERS)), 3)
 def test_metrics_of_numbers_are_those_of_mmsa(pairs, scale):
     if scale == 1:
         pairs = [tuple(np.clip(pair, -1, 1)) for pair in pairs]
