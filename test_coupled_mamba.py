@@ -1591,8 +1591,8 @@ def by_counting(pairs):
     return right, np.mean([f1[c] for c in true]), np.mean(list(f1.values()))
 
 
-NUMBERS = [-3., -1., -0.8, -0.7, -0.12, -0.1, -0.05, 0., 0.05, 0.1, 0.12, 0.3, 0.7, 0.8,
-           1.4, 2.6, 4.]
+NUMBERS = [-3., -2., -1., -0.8, -0.7, -0.12, -0.1, -0.05, 0., 0.05, 0.1, 0.12, 0.3, 0.7,
+           0.8, 1.4, 1.6, 2.6, 4.]
 
 
 @given(st.lists(st.tuples(*[st.sampled_from(NUMBERS)] * 2), min_size=1, max_size=9),
