@@ -453,7 +453,7 @@ class CoupledMamba(nn.Module):
             if i < len(self.mix):                                    # "Cat" of Figure 1
                 fs = f.unbind()
                 others = [torch.cat(fs[:k] + fs[k + 1:], -1) for k in range(len(fs))]
-                f = zero_absent(f + self.mix[i](torch.stack(others)), mask)
+                f = f + self.mix[i](torch.stack(others))             # blocks mask it
         return f, states
 
     def _pool(self, f, pooled, mask):
