@@ -443,8 +443,6 @@ class CoupledMamba(nn.Module):
         if mask is not None:                   # NaN would reach the encoder's gradient
             xs = [zero_absent(x, here) for x, here in zip(xs, mask)]
         f = torch.stack([encoder(x) for encoder, x in zip(self.encoders, xs)])
-        f = zero_absent(f, mask)                                     # (m, b, l, d)
-
         states = {}
         for i, block in enumerate(self.blocks):
             own = {name: state[f"{i}.{name}"] for name in block.init_state(0)}

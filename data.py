@@ -28,7 +28,7 @@ MODALITIES = ("text", "audio", "vision")
 OMICS = ("mrna", "methylation", "mirna")
 SENTIMENT = ("regression", "classification")
 VECTORS = ("mogonet", "mmimdb")  # layouts whose samples are vectors
-BLOCK_ELEMENTS = 1 << 22  # worked on at once: some 50 MB with the copies
+BLOCK_ELEMENTS = 1 << 22  # worked on at once: some 50 MB
 SENTINEL = np.float64(1e30)  # no feature is that large
 LATENT = 8  # directions that carry a stream of the stand-in
 
