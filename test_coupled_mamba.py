@@ -1477,7 +1477,7 @@ def run(tmp_path):
     for split in dataset.splits.values():
         split.mask[1, 1, 4:] = split.mask[1:, 2] = False
     config = config_of(*TINY, "--epochs", "3", "--lr", "0.01", "--dropout", "0.2")
-    return train.Run(config, dataset, tmp_path, torch.device("cpu"), 0, 1)
+    return train.Run(config, dataset, tmp_path, 0, 1)
 
 
 def test_dropout_differs_by_seed_epoch_and_process(run, monkeypatch):
@@ -1544,7 +1544,7 @@ def test_a_run_is_a_plain_loop_with_masks_and_the_best_epoch_on_valid(
     model = CoupledMamba(**saved["model"])
     model.load_state_dict(saved["weights"])
     test = run.dataset.splits["test"]
-    out = train.predict(model, test, run.config, run.device)
+    out = train.predict(model, test, run.config)
     assert_close([saved["prediction"], saved["target"]], [out, test.y], 1e-6)
     assert result["test"] == train.regression_metrics(out[:, 0], test.y, 3)
 
@@ -1754,13 +1754,14 @@ def test_resume_goes_on_to_stop_where_patience_ends(folder, monkeypatch):
 def test_files_of_another_run_or_damaged_ones_are_not_resumed(stopped, capsys):
     whole = (stopped / "seed1.resume").read_bytes()
     foreign = '{"config": {}, "seeds": [{"seed": 0}]}'
+    no_seeds = json.dumps({"config": results("stopped")["config"]})
     for name, content, options, message in [
             *[("seed1.resume", whole, options, "give the same options") for options in (
                 "--lr 0.02", "--layers 2", "--length 9", "--optimizer adam")],
             *[("seed1.resume", damaged, "", "seed1.resume is damaged")
               for damaged in (b"", whole[:500], b"hello")],
             *[("results.json", damaged.encode(), "", "no result of this program")
-              for damaged in ("", "[]", '{"config": 0}', foreign)]]:
+              for damaged in ("", "[]", '{"config": 0}', foreign, no_seeds)]]:
         (stopped / name).write_bytes(content)
         before = {p.name: p.read_bytes() for p in stopped.iterdir()}
         argv = [*RUN, "2", "--out", "stopped", "--resume", *options.split()]
@@ -1768,12 +1769,12 @@ def test_files_of_another_run_or_damaged_ones_are_not_resumed(stopped, capsys):
         assert {p.name: p.read_bytes() for p in stopped.iterdir()} == before
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "seed0.pt"
-    path.write_text("old")
-    with pytest.raises(Exception, match="pickle"):
-        train.save(path, [torch.ones(3), lambda: None])
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["seed0.pt"]
+def test_a_full_disk_is_one_line_and_leaves_the_old_files(folder, capsys, monkeypatch):
+    assert train.main([*RUN, "1", "--out", "o"]) == 0
+    before = files_in("o")
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("No space left")))
+    assert "No space left" in refused([*RUN, "1", "--out", "o"], capsys)
+    assert files_in("o") == before               # and nothing else
 
 
 def test_metrics_that_are_nan_survive_results_json(folder):

@@ -14,6 +14,7 @@ weights with all that a prediction needs (seed0.pt).
 # In this order: metrics, fusions, an epoch, a seed, all seeds, benchmark, command line.
 import argparse
 import ctypes
+import io
 import itertools
 import json
 import math
@@ -178,7 +179,7 @@ class CrossAttention(CoupledMamba):
             AttentionBlock(len(d_inputs), **self.config) for _ in self.blocks)
 
     def advance(self, xs, state, mask=None):
-        if state["count"].any():
+        if state and state["count"].any():   # without one, `super` says what is wrong
             raise ValueError("cross attention cannot continue a sequence")
         return super().advance(xs, state, mask)
 
@@ -259,7 +260,6 @@ class Run(NamedTuple):
     config: dict
     dataset: data.Dataset
     out: Path
-    device: torch.device
     rank: int                    # the number of this process among `world` processes
     world: int
 
@@ -285,13 +285,13 @@ def autocast(config):
 
 
 @torch.no_grad()
-def predict(model, split, config, device):
+def predict(model, split, config):
     """The outputs (N, d_output) for a split."""
     model.eval()
     outs = []
     for first in range(0, len(split.y), config["batch_size"]):
         rows = slice(first, first + config["batch_size"])
-        xs, mask, _ = batch(split, rows, device)
+        xs, mask, _ = batch(split, rows, config["device"])
         with autocast(config):
             outs.append(model(xs, mask).float().cpu().numpy())
     return np.concatenate(outs)
@@ -307,14 +307,15 @@ def train_epoch(run, model, optimizer, seed, epoch):
     split = run.dataset.splits["train"]
     order = np.random.default_rng((seed, epoch)).permutation(len(split.y))
     torch.manual_seed((seed * 10 ** 5 + epoch) * run.world + run.rank)   # for dropout
-    total = torch.zeros((), device=run.device)
+    device = run.config["device"]
+    total = torch.zeros((), device=device)
     size = run.config["batch_size"] * run.world
 
     for first in range(0, len(order), size):
         rows = order[first:first + size]
         own = rows[run.rank::run.world]
         # A process without a sample computes one, for all must take part in each step.
-        xs, mask, y = batch(split, own if len(own) else rows[:1], run.device)
+        xs, mask, y = batch(split, own if len(own) else rows[:1], device)
         with autocast(run.config):
             out = model(xs, mask)
         loss = sample_losses(out.float(), y)[:len(own)].sum()
@@ -357,7 +358,7 @@ def train_seed(run, seed, resume):
         start = time.time()
         loss = train_epoch(run, parallel, optimizer, seed, epoch)
         scheduler.step()
-        metrics = [measure(predict(model, valid, config, run.device), valid.y, spec)]
+        metrics = [measure(predict(model, valid, config), valid.y, spec)]
         if run.world > 1:                # all processes must decide the same
             dist.broadcast_object_list(metrics)
         metrics = metrics[0]
@@ -399,7 +400,7 @@ def evaluate(run, seed, model, log, best):
     epoch = best["epoch"]
     test = dataset.splits["test"]
     model.load_state_dict(best["weights"])
-    prediction = predict(model, test, config, run.device)
+    prediction = predict(model, test, config)
     metrics = measure(prediction, test.y, dataset.spec)
     run.say(f"seed {seed}  test at epoch {epoch}: {show(metrics)}")
     if run.rank == 0:
@@ -418,14 +419,15 @@ def show(metrics):
 
 def save(path, content):
     """Write a new file and rename it: `path` is never half written."""
+    buffer = io.BytesIO()
+    if path.suffix == ".json":               # it has no NaN: they become null
+        plain = json.loads(json.dumps(content), parse_constant=lambda _: None)
+        buffer.write((json.dumps(plain, indent=2) + "\n").encode())
+    else:
+        torch.save(content, buffer)
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
-            if path.suffix == ".json":       # it has no NaN: they become null
-                plain = json.loads(json.dumps(content), parse_constant=lambda _: None)
-                file.write((json.dumps(plain, indent=2) + "\n").encode())
-            else:
-                torch.save(content, file)
+        part.write_bytes(buffer.getbuffer())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -436,6 +438,7 @@ def load(path, config, resume):
     try:
         if path.suffix == ".json":
             found = json.loads(path.read_text())
+            found["seeds"] = {result["seed"]: result for result in found["seeds"]}
         else:
             found = torch.load(path, weights_only=True, map_location="cpu")
         theirs = {name: found["config"][name] for name in config}
@@ -459,10 +462,7 @@ def train_seeds(run, resume):
     """
     config = run.config
     path = run.out / "results.json"
-    seeds = {}
-    if path.exists():
-        for result in load(path, config, resume)["seeds"]:
-            seeds[result["seed"]] = result
+    seeds = load(path, config, resume)["seeds"] if path.exists() else {}
 
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
         old = seeds.get(seed)
@@ -721,16 +721,15 @@ def begin(args, config, rank):
     out.mkdir(parents=True, exist_ok=True)
 
     world = int(os.environ.get("WORLD_SIZE", 1))     # set by torchrun
-    device = torch.device(args.device)
     if world > 1:
-        if device.type == "cuda":
+        if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     config |= {"task": task or dataset.spec.tasks[0], "processes": world,
                "length": dataset.preparation["length"],
                "samples": list(dataset.spec.samples),
                "streams": dict(zip(dataset.spec.modalities, dataset.spec.widths))}
-    return Run(config, dataset, out, device, rank, world)
+    return Run(config, dataset, out, rank, world)
 
 
 def introduce(run):
@@ -747,7 +746,7 @@ def introduce(run):
         run.say(f"{name + ':':6} {len(split.y)} samples of {shapes}, "
                 f"{100 * split.mask.mean():.1f} % of the steps are real")
 
-    xs, mask, _ = batch(dataset.splits["valid"], slice(1), run.device)
+    xs, mask, _ = batch(dataset.splits["valid"], slice(1), config["device"])
     model = make_model(config, [x.shape[2] for x in xs], dataset.spec.classes)
     try:
         model(xs, mask)
@@ -782,7 +781,7 @@ def main(argv=None):
     except (data.DataError, OSError, ImportError) as error:
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; --resume goes on after the last epoch"
+        code, message = 130, "interrupted; --resume continues a training run"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
