@@ -186,7 +186,9 @@ def coupled_scan(x, delta, A, B, C, D=None, w=None, H0=None, mode="auto"):
         mode = choose_mode(x, A)
     with torch.autocast(x.device.type, enabled=False):
         y, H_last = MODES[mode](*[v.to(dtype) for v in (x, delta, A, B, C, w, H0)])
-        y = torch.addcmul(y, D.to(dtype)[:, None, None], x.to(dtype))
+        # In place, y needs no second copy; torch.vmap, not served by these two, would.
+        add = torch.Tensor.addcmul_ if mode in ("scan", "kernel") else torch.addcmul
+        y = add(y, D.to(dtype)[:, None, None], x.to(dtype))
     return y.to(x.dtype), H_last
 
 
