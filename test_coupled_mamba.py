@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tracemalloc
 import warnings
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -57,8 +58,8 @@ pytestmark = pytest.mark.filterwarnings("error")
 HERE = Path(__file__).parent
 
 # The largest error over the largest value. float64: rounding over 300 steps. float32:
-# 2^-24 times the some 100 terms that a decay of 0.99 sums, and more for gradients, that
-# sum over time again. 16 bit: y and gradients are rounded to 8 or 11 bits.
+# 2^-24 times the 100 terms or so that a decay of 0.99 sums, and more for gradients,
+# which sum over time again. 16 bit: y and gradients are rounded to 8 or 11 bits.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.bfloat16: 2e-2,
              torch.float16: 3e-3}
 
@@ -216,7 +217,7 @@ def test_the_modes_agree_in_values_and_every_gradient(mode, p, cuts, read, froze
 
 
 # The interpreter is slow, and shrinking would take minutes. The examples have several
-# samples, blocks of e and segments at once, and a tile of e n > 128 in `_reduce`.
+# samples, blocks of e and segments at once, and one a tile of e n = 128 in `_reduce`.
 @triton_only
 @settings(max_examples=max(1, EXAMPLES // 5), phases=[Phase.explicit, Phase.generate])
 @given(problems_up_to(3, 2, 9, 6, st.sampled_from([1, 2, 4, 8])), CUTS, READ, FROZEN)
@@ -250,7 +251,7 @@ def test_narrow_inputs_have_a_float32_state_and_their_own_dtype_out(mode, dtype)
 def test_the_scan_is_exact_under_autocast_and_refuses_second_derivatives(mode):
     p = problem(l=5, n=4, dtype=torch.float32)
     expected = outcome(p, mode)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cuda" if GPU else "cpu", torch.bfloat16):
         assert_close(outcome(p, mode), expected, 1e-6)
     p = {name: v.cuda() if GPU else v for name, v in p.items()}
     y, _ = coupled_scan(**{**p, "x": p["x"].requires_grad_()}, mode=mode)
@@ -299,8 +300,7 @@ def test_scan_works_on_some_steps_of_some_samples_at_once():
     p = problem(m=2, b=40, l=60, e=32, n=32, dtype=torch.float32)
     with Largest() as seen, cut(chunk=4, cached=2 ** 14, tile=8, segments=False):
         outcome(p, "scan")
-    work = 2 * 4 * 2 * 32 * 32                   # S and g of 4 steps of 2 samples
-    assert work <= seen.size <= max(work, p["x"].numel()) == p["x"].numel()
+    assert seen.size == p["x"].numel()           # S of 4 steps of all is twice as large
 
 
 @pytest.mark.parametrize("mode", ["scan", KERNEL])
@@ -424,8 +424,8 @@ def gradients(out, model):
 
 
 @given(models())
-def test_the_model_is_figure_1_with_algorithm_1(drawn):
-    model, xs, mask = drawn
+def test_the_model_is_figure_1_with_algorithm_1(case):
+    model, xs, mask = case
     out, features = model(xs, mask), model.features(xs, mask)
     _, state = model.advance(xs, model.init_state(2), mask)
     for j in range(2):
@@ -438,14 +438,14 @@ def test_the_model_is_figure_1_with_algorithm_1(drawn):
 
 @given(models(), st.sampled_from([7., math.inf, math.nan]), st.data())
 def test_a_stream_in_pieces_is_the_whole_and_reads_nothing_that_is_missing(
-        drawn, garbage, data):
-    model, xs, mask = drawn
+        case, garbage, draws):
+    model, xs, mask = case
     l = mask.shape[2]
     dirty = [torch.where(here[..., None], x, garbage) for x, here in zip(xs, mask)]
     state = model.init_state(2)
     first = 0
     while first < l:
-        stop = data.draw(st.integers(first + 1, l))
+        stop = draws.draw(st.integers(first + 1, l))
         piece = [x[:, first:stop] for x in dirty]
         out, state = model.advance(piece, state, mask[:, :, first:stop])
         whole = model([x[:, :stop] for x in xs], mask[:, :, :stop])
@@ -472,20 +472,20 @@ def test_4096_steps_stay_finite_but_the_plain_sum_of_the_paper_overflows():
     assert not state["H"].isfinite().all()
 
 
-def test_every_parameter_starts_where_the_paper_says():
+def test_every_parameter_starts_where_its_docstring_says():
     torch.manual_seed(0)
     model = CoupledMamba((768, 33, 709), coupling="learned")
     assert (model.modality_logits == 0).all()
-    for block, mix in zip(model.blocks, model.mix):
+    for block in model.blocks:
         step = F.softplus(block.dt_bias)
         assert 0.99e-3 < step.min() < 2e-3 and 0.05 < step.max() < 1.01e-1
         A = -torch.arange(1., 65).expand(3, 256, 64)
         assert_close(-torch.exp(block.A_log), A, 1e-6)
-        assert block.dt_proj.weight.shape == (3, 8, 256)
+        assert block.dt_proj.weight.shape == (3, 8, 256)         # the rank is n / 8
         for weight, fan_in in (
                 (block.in_proj.weight, 128), (block.x_proj.weight, 256),
-                (block.out_proj.weight, 256), (mix.weight, 256),
-                (block.conv_weight, 4)):
+                (block.dt_proj.weight, 8), (block.out_proj.weight, 256),
+                (block.conv_weight, 4), (model.mix[0].weight, 256)):
             assert_close(weight.std(), fan_in ** -0.5, 0.04)
         for name in ("norm_bias", "conv_bias", "coupling_logits"):
             assert (getattr(block, name) == 0).all()
@@ -594,11 +594,11 @@ def test_the_model_is_the_same_by_the_kernel_and_nearly_so_in_bfloat16():
     with torch.autocast(device, torch.bfloat16):
         out, state = model.float().advance([x.float() for x in xs], model.init_state(2),
                                            mask)
-        model.advance([x.float() for x in xs], state, mask)
+        model.advance([x.float() for x in xs], state, mask)      # accepts that state
     assert_close(out, expected[0], 0.1)
 
 
-def test_torch_compile_calls_the_scan_and_gives_the_same():
+def test_torch_compile_gives_the_same():
     model, xs = model_and_input()
     compiled = torch.compile(model, backend="eager")
     with warnings.catch_warnings():
@@ -639,7 +639,6 @@ MISTAKES = {                     # what is written, and what is said
     "scan(C=ones(3, 2, 11, 1))": "C is a tensor",
     "scan(D=ones(1, 4))": "D is a tensor",
     "scan(H0=ones(1, 4, 3))": "H0 is a tensor",
-    "scan(w=ones(3, 3))": "w is a tensor",
     "scan(w=ones(2))": "m 3, b 2, l 11",
     "scan(w=ones(3, 1, 11))": "w is a tensor",
     "scan(w=[1, 1, 1])": "w is a list",
@@ -653,8 +652,6 @@ MISTAKES = {                     # what is written, and what is said
     "model(xs[0])": "xs is a tensor of .*" + STREAMS,
     "model(dict(enumerate(xs)))": "xs is a dict, " + STREAMS,
     "model(xs + xs[:1])": STREAMS,
-    "model.features(xs[:2])": STREAMS,
-    "model([None, *xs[1:]])": "is a NoneType",
     "model([*xs[:2], xs[2][:, :5]])": "l 7, width 4",
     "model([*xs[:2], xs[2][:1]])": "b 2, l 7, width",
     "model(xs[::-1])": "width 5",
@@ -670,13 +667,11 @@ MISTAKES = {                     # what is written, and what is said
     "block(f, mask[:, :, :1])": "mask is",
     "block(f, state=(1, 2))": "state is a tuple, begin with",
     "block(f, state=block.init_state(1))": r"state\['conv'\] .*3, 2, 3, 16",
-    "model.advance(xs[:2], state)": STREAMS,
     "model.advance(xs, state, mask[:, :1])": MASK,
     "model.advance(xs, None)": r"state is a NoneType.*init_state\(",
     "model.advance(xs, model.init_state(3))": FOREIGN,
     "model.advance(xs, {**state, 'more': xs[0]})": FOREIGN,
     "model.advance(xs, other(m=2))": FOREIGN,
-    "model.advance(xs, other(coupling='none'))": FOREIGN,
     "model.advance(xs, other(pooling='last'))": FOREIGN,
     "model.advance(xs, {name: v.float() for name, v in state.items()})": FOREIGN}
 
@@ -708,7 +703,7 @@ def run_python(code, folder, **environment):
                           stdout=subprocess.PIPE).stdout
 
 
-# All of a tensor on a GPU that the choice of a mode asks for.
+# The attributes of a tensor on a GPU that the choice of a mode reads.
 ON_GPU = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), shape=(3, 2, 11, 4))
 
 
@@ -785,7 +780,7 @@ def test_the_programs_cover_the_problem_without_more_segments_than_run_at_once(
 
 
 # Nothing is compiled with TRITON_INTERPRET, so this runs in a process without it. No
-# GPU is needed. What runs at once has 164 KiB of shared memory on the smaller GPU.
+# GPU is needed. All that runs at once shares 164 KiB of memory on the smaller GPU.
 COMPILE = '''
 import re, subprocess
 from pathlib import Path
@@ -832,16 +827,16 @@ def drawn(seed=0, samples=(12, 6, 6), says="both", frames=(6, 40, 25), front=Fal
     """Streams, lengths and labels; by split, the real frames of each stream or None.
 
     Text is padded in front, the other streams at the end, or if `front` in front. One
-    sample has no audio, and single values are missing. says: by what the file tells
-    which frames are real: "no", "mask" (of text only), "lengths" or "both". silent:
-    some real frames are zero. store: brings an array into another memory layout.
+    sample has no audio, and single values are missing. says: how the file marks the
+    real frames: "no", "mask" (of text only), "lengths" or "both". silent: some real
+    frames are zero. store: brings an array into another memory layout.
     """
     rng = np.random.default_rng(seed)
     content, told = {}, {}
     for s, count in zip(data.SPLITS, samples):
         content[s] = {"regression_labels": list(rng.integers(-24, 25, count) / 8)}
         told[s] = []
-        for m, number, width in zip(data.MODALITIES, frames, (8, 3, 5)):
+        for m, number, width in zip(data.MODALITIES, frames, (8, 5, 3)):
             by_mask = m == "text" and says in ("mask", "both")
             by_lengths = not by_mask and says in ("lengths", "both")
             lengths = rng.integers(1, number + 1, count)
@@ -858,7 +853,7 @@ def drawn(seed=0, samples=(12, 6, 6), says="both", frames=(6, 40, 25), front=Fal
                 x[3:6, 0, 0] = -np.inf, np.nan, np.finfo(np.float32).min
                 content[s][m] = store(x.astype(dtype))
             lengths[lengths == number] += 100                # cut off by the tool
-            if by_mask:                          # some tools turn it round
+            if by_mask:                          # (N, 3, frames), or (N, frames, 3)
                 lengths = np.stack([there * 0, there, there], 2 if silent else 1)
             if by_mask or by_lengths:
                 content[s][f"{m}_lengths"] = lengths
@@ -872,7 +867,8 @@ def mmsa(**options):
     for split in content.values():
         split["annotations"] = np.array(["Positive"], dtype=object)
         if np.ndim(split.get("text_lengths")) == 3:
-            split["text_bert"] = split.pop("text_lengths")
+            split["text_bert"] = split["text_lengths"]
+            split["text_lengths"] = np.ones(len(split["text"]))  # text_bert counts
     return {"config": {"not": "a split"}, **content}
 
 
@@ -897,11 +893,12 @@ def mogonet():
 
 
 def mmimdb():
-    """The tables of an MM-IMDB file, with few features."""
+    """The tables of an MM-IMDB file, with few features and one missing value."""
     rng = np.random.default_rng(0)
-    return {"features": rng.random((25959, 10), "f4"),
-            "vgg_features": rng.random((25959, 16), "f4"),
-            "genres": (rng.random((25959, 23)) < 0.3).astype(int)}
+    x = rng.random((25959, 49))
+    x[3, 3] = np.nan
+    return {"features": x[:, :10], "vgg_features": x[:, 10:26],
+            "genres": (x[:, 26:] < 0.3).astype(int)}
 
 
 NAMES = {mmsa: "mosi", mogonet: "rosmap", mmimdb: "mmimdb", own: "own"}
@@ -923,7 +920,7 @@ def write(path, make=mmsa, change=None, protocol=4, **options):
     else:
         path.mkdir()
         for name, table in content.items():
-            np.savetxt(path / f"{name}.csv", table, "%s", delimiter=",")
+            np.savetxt(path / f"{name}.csv", table, "%s", ",", encoding="utf-8-sig")
 
 
 def wrong(place, value):
@@ -978,15 +975,15 @@ STORES = [np.ascontiguousarray, np.asfortranarray, lambda x: x.repeat(2, 1)[:, :
           lambda x: x.astype(x.dtype.newbyteorder(">"))]
 DRAWN = st.fixed_dictionaries(dict(
     seed=st.integers(0, 99), says=st.sampled_from(["no", "mask", "lengths", "both"]),
-    frames=st.sampled_from([(6, 40, 25), (12, 12, 12), (60, 9, 9)]),
+    frames=st.sampled_from([(6, 40, 25), (52, 52, 52), (60, 9, 9)]),
     front=st.booleans(), silent=st.booleans(), store=st.sampled_from(STORES),
     dtype=st.sampled_from(["f2", "f4", "f8"])))
-EQUAL = dict(frames=(12, 12, 12), says="no", silent=True)
+EQUAL = dict(frames=(52, 52, 52), says="no", silent=True)
 
 
 @settings(max_examples=2 * EXAMPLES)
 @given(st.sampled_from([mmsa, own]), DRAWN, st.integers(0, 5),
-       st.sampled_from([None, 1, 9, 12, 50]), st.sampled_from([1, 1 << 22]))
+       st.sampled_from([None, 1, 9, 50, 52]), st.sampled_from([1, 1 << 22]))
 @example(mmsa, {**EQUAL, "store": STORES[3]}, 5, 7, 1)
 @example(mmsa, dict(frames=(6, 40, 25), says="lengths", front=True), 0, None, 1)
 @example(own, EQUAL, 4, None, 1 << 22)
@@ -1003,9 +1000,10 @@ def test_a_file_is_read_as_its_definition_says(
     streams = {s: [content[s][m] for m in data.MODALITIES] for s in data.SPLITS}
     steps = length or min(50, max(options["frames"]))
     clock, zeros_too = "own", False
-    if options["frames"] == (12, 12, 12):
+    if options["frames"] == (52, 52, 52):
         if make is own:                          # zeros are data
-            clock, zeros_too = "all" if steps == 12 else "one", True
+            steps = length or 52
+            clock, zeros_too = "all" if steps == 52 else "one", True
         elif options["says"] in ("no", "mask"):
             clock = "one"
     means = {s: steps_by_definition(streams[s], told[s], steps, clock, zeros_too)
@@ -1023,12 +1021,12 @@ def test_a_file_is_read_as_its_definition_says(
     assert_close(xs, dataset.splits["test"].xs, 1e-6)
     assert (mask == dataset.splits["test"].mask).all()
     assert (dataset.spec.modalities, dataset.spec.widths, dataset.spec.samples) == (
-        data.MODALITIES, (8, 3, 5), (12, 6, 6))
+        data.MODALITIES, (8, 5, 3), (12, 6, 6))
 
 
 # ------------------------------------------------------------ the rules of each format
 CLASSES = np.array([1, 0, 2] * 4)
-SIZES = np.array([-1, 0, 2, 3, 0.5, -3] * 2)
+SIZES = np.array([-1, 0, 2, 3 + 2 ** -10, 0.5, -3] * 2)      # 3, but for rounding
 
 
 @pytest.mark.parametrize("make, key, y, task, classes", [
@@ -1052,6 +1050,10 @@ def test_labels_are_numbers_or_their_signs_or_classes(
         assert (split.y == y[:len(split.y)]).all()
         assert split.y.dtype == (np.int64 if whole else np.float32)
     assert dataset.spec.classes == classes and task in dataset.spec.tasks
+    if make is own:
+        other, = {"regression", "classification"} - {task}
+        with pytest.raises(data.DataError, match="has no labels for"):
+            data.load("own", tmp_path / "a", task=other)
 
 
 def test_what_differs_from_the_published_set_or_is_not_used_is_said(tmp_path):
@@ -1064,41 +1066,47 @@ def test_what_differs_from_the_published_set_or_is_not_used_is_said(tmp_path):
     for make, change, notes in (
             (mmsa, add, "not used: train_mix; not used: train/depth; "
              "labels: at most 1 in size, published 3; text: 8 features, published 768; "
-             "audio: 3 features, published 5; vision: 5 features, published 20; "
+             "vision: 3 features, published 20; "
              "(12, 6, 6) samples, published (1284, 229, 686)"),
-            (mogonet, wrong("4_tr", np.ones((20, 2))), "not used: 4_tr.csv; mrna: 7 "),
+            (mogonet, wrong("4_tr", np.ones((20, 2))), "not used: 4_tr.csv; "
+             "mrna: 7 features, published 200; methylation: 5 features, published 200; "
+             "mirna: 4 features, published 200; "
+             "(44, 11, 7) samples, published (196, 49, 106)"),
             (own, wrong("train/z_lengths", np.ones(12)), "not used: train/z_lengths; "
              "streams of different numbers of frames are stretched to one")):
         write(tmp_path / NAMES[make], make, change)
         found = data.load(NAMES[make], tmp_path / NAMES[make]).notes
-        assert "; ".join(found).startswith(notes)
+        assert "; ".join(found) == notes
 
 
 def test_new_samples_of_other_shapes_are_refused(tmp_path):
     write(tmp_path / "a", own, frames=(9, 9, 9), says="no")
-    preparation = data.load("own", tmp_path / "a").preparation
-    xs = [np.ones((6, 9, width)) for width in (8, 3, 5)]
+    dataset = data.load("own", tmp_path / "a")
+    assert dataset.notes == []
+    xs = [np.ones((6, 9, width)) for width in (8, 5, 3)]
     for streams, lengths in (
             (xs[:2], None), (xs[::-1], None), ([xs[0][:, 1:], *xs[1:]], None),
             ([x[:, 1:] for x in xs], None), ([xs[0][1:], *xs[1:]], None),
             ([x[:, 0] for x in xs], None), (xs, [None]), (xs, [[1], None, None])):
         with pytest.raises(data.DataError, match="expected"):
-            data.prepare(streams, preparation, lengths)
+            data.prepare(streams, dataset.preparation, lengths)
 
 
 @pytest.mark.parametrize("length", [1, 3, 9, None])
 @pytest.mark.parametrize("make", [mogonet, mmimdb])
 def test_vectors_are_standardised_by_train_and_cut_into_steps(make, length, tmp_path):
     tables = make()
-    write(tmp_path / "a", make)
-    dataset = data.load(NAMES[make], tmp_path / "a", length)
+    path = tmp_path / "a"
+    write(path, make)
+    if make is mogonet and length:               # where `default_path` looks
+        path /= "labels_tr.csv"
+    dataset = data.load(NAMES[make], path, length)
     rows = np.split(np.arange(25959), [15552, 18160])
-    if make is mogonet:                          # valid: a random fifth of each class
-        valid = data._stratified(tables["labels_tr"])
-        assert valid[:40].sum() == 8 and valid[40:].sum() == 3 and not valid[:8].all()
+    if make is mogonet:
         tables = {view: np.concatenate([tables[f"{view}_tr"], tables[f"{view}_te"]])
                   for view in ("1", "2", "3", "labels")}
-        rows = [np.flatnonzero(~valid), np.flatnonzero(valid), np.arange(55, 62)]
+        valid = [2, 3, 4, 11, 23, 24, 27, 34, 44, 46, 47]    # a fifth of each class
+        rows = [np.setdiff1d(np.arange(55), valid), valid, np.arange(55, 62)]
     *vectors, y = tables.values()
     steps = length or 20
     for split, of_split in zip(dataset.splits.values(), rows, strict=True):
@@ -1106,6 +1114,7 @@ def test_vectors_are_standardised_by_train_and_cut_into_steps(make, length, tmp_
         assert split.y.dtype == (np.int64 if make is mogonet else np.float32)
         assert split.mask.shape == (len(vectors), len(of_split), steps)
         for x, vector in zip(split.xs, vectors, strict=True):
+            vector = np.nan_to_num(vector)
             known = vector[rows[0]]
             scale = known.std(0)
             scale[scale < 1e-6] = 1
@@ -1113,8 +1122,8 @@ def test_vectors_are_standardised_by_train_and_cut_into_steps(make, length, tmp_
             flat = np.zeros((len(of_split), steps * width))
             flat[:, :vector.shape[1]] = (vector[of_split] - known.mean(0)) / scale
             assert_close(x, flat.reshape(len(of_split), steps, width), 1e-5)
-    xs, _ = data.prepare([v[of_split] for v in vectors], dataset.preparation)
-    assert_close(xs, split.xs, 0)
+    xs, _ = data.prepare([v[rows[2]] for v in vectors], dataset.preparation)
+    assert_close(xs, dataset.splits["test"].xs, 0)
 
 
 # ------------------------------------------------------------ damaged and hostile files
@@ -1140,7 +1149,7 @@ HOSTILE = [*[(mmsa, *case) for case in [
     (wrong("train/regression_labels", [np.nan] * 12), "[nan]"),
     (wrong("test/regression_labels", [3.5] * 6), "at most 3"),
     (wrong("test/text_bert", np.ones((6, 3, 7))), "attention mask (6, 3, 6)"),
-    (wrong("test/vision", np.ones((6, 25, 5))), "not zero outside the frames"),
+    (wrong("test/vision", np.ones((6, 25, 3))), "not zero outside the frames"),
     *[(wrong("test/audio_lengths", lengths), "whole numbers")
       for lengths in ([-1] * 6, [0.5] * 6, [np.nan] * 6, [1.0] * 5)]]],
     *[(mogonet, *case) for case in [
@@ -1150,14 +1159,12 @@ HOSTILE = [*[(mmsa, *case) for case in [
         (wrong("1_tr", np.full((55, 7), np.nan)), "NaN"),
         (wrong("labels_te", np.arange(7)), "from 0 to 1"),
         (wrong("labels_te", np.ones(2)), "2 samples"),
-        (wrong("1_tr", lambda x: np.c_[:55, x]), "index"),
-        (wrong("1_tr", lambda x: np.c_[1:56, x]), "index")]],
+        (wrong("1_tr", lambda x: np.c_[:55, x]), "index")]],
     (mmimdb, b"hello", "not a complete HDF5"),
     (mmimdb, wrong("genres", np.ones((25959, 3))), "23 columns"),
     (mmimdb, wrong("features", np.ones((5, 9))), "25959"),
     (own, b"hello", "not a complete NumPy file"),
     (own, wrong("valid/audio", None), "has no valid/audio"),
-    (own, wrong("test/y", np.full(6, -1)), "from 0 to 2"),
     (own, wrong("test/y", np.full(6, 10 ** 17)), "values like [100000000000"),
     (own, wrong("train/text", np.array([None])), "allow_pickle=False")]
 
@@ -1215,8 +1222,10 @@ def test_a_file_with_a_wrong_entry_or_wrong_bytes_is_read_or_refused(
     folder = tmp_path_factory.mktemp("a")
     path = folder / "a"
     make, place = wrong_entry
-    with contextlib.suppress(TypeError, ValueError, AttributeError):
+    try:
         write(path, make, wrong(place, value) if entry else None, protocol)
+    except (TypeError, ValueError, AttributeError, IndexError):
+        return                                   # no file can store this entry
     if not entry:                                # a few bytes, perhaps the end cut off
         file = path / "1_tr.csv" if make is mogonet else path
         content = bytearray(file.read_bytes())
@@ -1252,14 +1261,15 @@ def test_reading_takes_little_more_memory_than_the_result(tmp_path, monkeypatch)
 # ------------------------------------------------------------ the stand-in
 TASKS = [(name, task) for name, spec in data.SPECS.items() for task in spec.tasks]
 # Published: features, samples, classes, range of labels. Then, for each task, of 40
-# training samples of the stand-in: mean sizes of the streams and labels, added up.
+# training samples of the stand-in: mean sizes of the streams, and labels times the
+# number of their sample, added up.
 RECORDED = {
-    "mosi": (793, 2199, 3, 3, 14.24375, 38.21078),
-    "mosei": (877, 22856, 3, 3, 20.23653, 37.20692),
-    "sims": (1510, 2281, 3, 1, 6.89140, 35.19516),
-    "simsv2": (970, 4403, 3, 1, 3.57369, 42.20648),
-    "brca": (2503, 875, 5, 0, 81.26824), "rosmap": (600, 351, 2, 0, 16.17686),
-    "mmimdb": (4396, 25959, 23, 0, 445.43779)}
+    "mosi": (793, 2199, 3, 3, 164.24375, 702.21078),
+    "mosei": (877, 22856, 3, 3, 474.23653, 681.20692),
+    "sims": (1510, 2281, 3, 1, 136.22473, 670.19516),
+    "simsv2": (970, 4403, 3, 1, 30.90703, 817.20648),
+    "brca": (2503, 875, 5, 0, 1476.26824), "rosmap": (600, 351, 2, 0, 325.17686),
+    "mmimdb": (4396, 25959, 23, 0, 8663.43779)}
 
 
 @pytest.mark.parametrize("name, task", TASKS)
@@ -1276,7 +1286,7 @@ def test_the_stand_in_has_published_shapes_and_the_recorded_numbers(name, task):
         assert {x.dtype for x in split.xs} == {np.dtype("f4")}
     xs, _, y = dataset.splits["train"]
     found = [sum(spec.widths), sum(spec.samples), spec.classes, spec.scale,
-             sum(np.abs(x).mean() for x in xs) + y.sum()]
+             sum(np.abs(x).mean() for x in xs) + (y.T * range(40)).sum()]
     recorded = RECORDED[name]
     number = pytest.approx(recorded[4 + spec.tasks.index(task)], rel=1e-5)
     assert found == [*recorded[:4], number]
@@ -1383,11 +1393,13 @@ def test_the_loss_is_that_of_the_task():
             (labels, -(labels * p.log() + (1 - labels) * (1 - p).log()).mean(1)),
             (torch.tensor([1.5, -1.0]), torch.ones(2))):
         assert_close(train.sample_losses(out, y), expected, 1e-6)
+        metrics = train.measure(out.numpy(), y.numpy(), data.SPECS["brca"])
+        assert train.score(metrics) == pytest.approx(expected.mean().item())
 
 
 # ------------------------------------------------------------ fusions
 TINY = ["--d-model", "8", "--layers", "1", "--d-state", "4", "--batch-size", "4"]
-WIDTHS = (8, 3, 5)                               # as in `drawn`
+WIDTHS = (8, 5, 3)                               # as in `drawn`
 
 
 def config_of(*argv):
@@ -1464,6 +1476,8 @@ def test_attention_is_its_definition(d_model):
         for block in model.blocks:
             f = attention_by_hand(block, f, mask[:, j].numpy())
         assert_close(features[:, j], f, 1e-6)    # the sines are float32
+    one = train.make_model(config_of(*TINY, "--fusion", "attention"), WIDTHS[:1], 1)
+    assert one([xs[0].float()]).shape == (4, 1)
     _, state = model.advance(xs, model.init_state(4), mask)
     with pytest.raises(ValueError, match="cannot continue"):
         model.advance(xs, state, mask)
@@ -1480,7 +1494,7 @@ def run(tmp_path):
     return train.Run(config, dataset, tmp_path, 0, 1)
 
 
-def test_dropout_differs_by_seed_epoch_and_process(run, monkeypatch):
+def test_the_seed_of_dropout_differs_by_seed_epoch_and_process(run, monkeypatch):
     seeds = []
     monkeypatch.setattr(torch, "manual_seed", seeds.append)
     monkeypatch.setattr(train.dist, "all_reduce", lambda total: None)
@@ -1547,6 +1561,7 @@ def test_a_run_is_a_plain_loop_with_masks_and_the_best_epoch_on_valid(
     out = train.predict(model, test, run.config)
     assert_close([saved["prediction"], saved["target"]], [out, test.y], 1e-6)
     assert result["test"] == train.regression_metrics(out[:, 0], test.y, 3)
+    assert (train.predict(model, test, {**run.config, "amp": True}) != out).any()
 
 
 @pytest.mark.parametrize("maes, options, best, why", [
@@ -1555,20 +1570,21 @@ def test_a_run_is_a_plain_loop_with_masks_and_the_best_epoch_on_valid(
     ([3, math.nan], {}, 1, "training has diverged; try a smaller --lr")])
 def test_where_training_ends_and_which_epoch_is_the_best(
         maes, options, best, why, run, monkeypatch, capsys):
-    coming = iter([*maes, *[0.5] * 9])           # then valid and test of the best
+    coming = iter([*maes, *[0.5] * 9])           # 0.5 for test, or if it does not end
     run.config.update({"epochs": 9, **options})
     with monkeypatch.context() as patch:
         patch.setattr(train, "measure", lambda *_: {"MAE": float(next(coming))})
         result = train.train_seed(run, 0, False)
     assert result["epoch"] == best and len(result["log"]) == len(maes)
     assert why in capsys.readouterr().out
-    run.dataset.splits["train"].y[3] = math.nan  # of the loss, too
-    assert len(train.train_seed(run, 1, False)["log"]) == 1
+    run.dataset.splits["train"].y[3] = math.nan  # a NaN loss ends training, too
+    row, = train.train_seed(run, 1, False)["log"]
+    assert train.why_stop([{**row, "loss": None}], None, run.config)
 
 
 # ------------------------------------------------------------ the command line
-RUN = ["--dataset", "mosi", "--data", "a.pkl", "--epochs", "5", "--dropout", "0.2",
-       "--lr", "0.05", *TINY, "--seeds"]
+RUN = ["--dataset", "mosi", "--data", "a.pkl", "--device", "cpu", "--epochs", "5",
+       "--dropout", "0.2", "--lr", "0.05", *TINY, "--seeds"]
 
 
 @pytest.fixture
@@ -1629,11 +1645,10 @@ def test_an_option_changes_what_it_names_and_nothing_else(words):
     new, old = (train.make_model(config, WIDTHS, 1).config for config in (new, old))
     changed = [key for key in old if new[key] != old[key]]
     assert changed == ([of_model] if words in MODEL_OPTIONS else [])
-    mamba = config_of("--fusion", "mamba")       # and so says results.json
-    assert mamba["coupling"] == "none" and mamba["no_mix"]
 
 
-def test_the_defaults_are_those_of_the_paper_of_the_dataset_and_of_the_stand_in(folder):
+def test_the_defaults_are_those_of_the_paper_of_the_dataset_and_of_the_stand_in(
+        folder, monkeypatch):
     model = train.make_model(config_of(), WIDTHS, 1)
     assert model.config == CoupledMamba(WIDTHS).config
     paper = dict(epochs=150, lr=5e-4, weight_decay=5e-4, seeds=5)
@@ -1643,12 +1658,18 @@ def test_the_defaults_are_those_of_the_paper_of_the_dataset_and_of_the_stand_in(
             ("mosi --data a", {**paper, "batch_size": 128}),
             ("mosei --data a", dict(batch_size=1024)),
             ("simsv2 --data a", dict(batch_size=256)),
+            ("brca --data a", dict(batch_size=64)),
+            ("rosmap --data a", dict(batch_size=32)),
+            ("mmimdb --data a", dict(batch_size=512)),
+            ("mosi --data a --fusion mamba", dict(coupling="none", no_mix=True)),
             ("sims --layers 4", {**stand_in, "layers": 4}),
             ("sims", {**stand_in, "layers": 1}),
             ("own --data a", {**paper, **small, "layers": 1}),
             ("sims --benchmark", dict(batch_size=16, d_model=128))):
         args = train.parse(["--dataset", *words.split()])
         assert vars(args).items() >= expected.items()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train.parse(["--dataset", "sims"]).device == "cuda"
 
 
 def test_a_real_file_at_its_default_place_is_used_with_the_papers_settings(
@@ -1662,9 +1683,12 @@ def test_a_real_file_at_its_default_place_is_used_with_the_papers_settings(
     assert (config["layers"], config["lr"], config["batch_size"]) == (3, 5e-4, 128)
     out = capsys.readouterr().out
     assert "synthetic" not in out and "published" in out         # the widths are others
-    for option in (["--missing-rate", "0.4"], ["--amp"]):
-        assert train.main([*small, *option, "--out", option[0][2:]]) == 0
-        assert results(option[0][2:])["mean"]["MAE"] != found["mean"]["MAE"]
+    loss = found["seeds"][0]["log"][0]["loss"]
+    for options in (["--missing-rate", "0.4"], ["--amp"], ["--task", "classification"]):
+        out = options[0][2:]
+        assert train.main([*small, *options, "--out", out]) == 0
+        assert results(out)["seeds"][0]["log"][0]["loss"] != loss
+    assert "F1-3" in results("task")["mean"]
 
 
 def test_a_run_leaves_its_files_whole_and_no_other_run_loses_them(folder, capsys):
@@ -1675,12 +1699,14 @@ def test_a_run_leaves_its_files_whole_and_no_other_run_loses_them(folder, capsys
     assert sorted(before) == ["results.json", "seed0.pt", "seed1.pt"]
     assert list(report) == ["dataset", "synthetic", "task", "config", "environment",
                             "seeds", "mean", "std"]
-    assert report["synthetic"] is False
+    assert [*report.values()][:3] == ["mosi", False, "regression"]
     assert [result["seed"] for result in report["seeds"]] == [0, 1]
     maes = [result["test"]["MAE"] for result in report["seeds"]]
     assert report["mean"]["MAE"] == pytest.approx(np.mean(maes))
     assert report["std"]["MAE"] == pytest.approx(np.std(maes))
-    for options in (["--layers", "2"], ["--epochs", "4"], ["--seed", "1"]):
+    write(folder / "b.pkl", samples=(11, 6, 6))
+    for options in (["--layers", "2"], ["--epochs", "4"], ["--seed", "1"],
+                    ["--data", "b.pkl"]):
         message = refused([*argv, *options], capsys)
         assert "give the same options, or another --out" in message
     interrupted(argv, 0, 2)                      # the same once more
@@ -1703,11 +1729,13 @@ def test_every_fusion_trains_on_every_stand_in_and_predicts_again(
     test = data.synthetic(name, 5, (12, 6, 6), task=task).splits["test"]
     for fusion, kind in FUSIONS.items():
         assert train.main(["--dataset", name, "--task", task, "--fusion", fusion, *TINY,
-                           "--epochs", "1", "--length", "5", "--out", fusion]) == 0
+                           "--epochs", "1", "--length", "5", "--seed", "3",
+                           "--out", fusion]) == 0
         result = results(fusion)
         assert result["synthetic"] is True and result["config"]["fusion"] == fusion
         assert list(result["mean"])[0] == ("micro F1" if name == "mmimdb" else first)
-        saved = torch.load(f"{fusion}/seed0.pt", weights_only=True)
+        saved = torch.load(f"{fusion}/seed3.pt", weights_only=True)
+        assert saved["synthetic"] and saved["config"] == result["config"]
         model = kind(**saved["model"]).eval()
         model.load_state_dict(saved["weights"])
         out = model([torch.tensor(x) for x in test.xs])
@@ -1736,7 +1764,7 @@ def test_an_interrupted_run_resumes_to_the_bit_also_to_more(more, stopped, capsy
     refused([*RUN, *more, "--epochs", "4", "--out", "stopped", "--resume"], capsys)
 
 
-def test_resume_goes_on_to_stop_where_patience_ends(folder, monkeypatch):
+def test_resume_stops_where_patience_ends(folder, monkeypatch):
     argv = [*RUN, "1", "--epochs", "30", "--patience", "2", "--out"]
     assert train.main([*argv, "whole"]) == 0
     seeds = results("whole")["seeds"]
@@ -1744,7 +1772,7 @@ def test_resume_goes_on_to_stop_where_patience_ends(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", Mock(side_effect=NameError))
         with pytest.raises(NameError):
-            train.main([*argv, "o"])             # all epochs are done, and nothing more
+            train.main([*argv, "o"])             # ends before test is looked at
     assert train.main([*argv, "o", "--resume"]) == 0
     assert files_in("o") == files_in("whole")
     assert train.main([*argv, "o", "--resume", "--epochs", "40"]) == 0
@@ -1753,12 +1781,14 @@ def test_resume_goes_on_to_stop_where_patience_ends(folder, monkeypatch):
 
 def test_files_of_another_run_or_damaged_ones_are_not_resumed(stopped, capsys):
     whole = (stopped / "seed1.resume").read_bytes()
+    os.replace(stopped / "seed1.resume", stopped / "seed0.resume")
     foreign = '{"config": {}, "seeds": [{"seed": 0}]}'
     no_seeds = json.dumps({"config": results("stopped")["config"]})
+    (stopped / "results.json").unlink()
     for name, content, options, message in [
-            *[("seed1.resume", whole, options, "give the same options") for options in (
+            *[("seed0.resume", whole, options, "give the same options") for options in (
                 "--lr 0.02", "--layers 2", "--length 9", "--optimizer adam")],
-            *[("seed1.resume", damaged, "", "seed1.resume is damaged")
+            *[("seed0.resume", damaged, "", "seed0.resume is damaged")
               for damaged in (b"", whole[:500], b"hello")],
             *[("results.json", damaged.encode(), "", "no result of this program")
               for damaged in ("", "[]", '{"config": 0}', foreign, no_seeds)]]:
@@ -1772,7 +1802,13 @@ def test_files_of_another_run_or_damaged_ones_are_not_resumed(stopped, capsys):
 def test_a_full_disk_is_one_line_and_leaves_the_old_files(folder, capsys, monkeypatch):
     assert train.main([*RUN, "1", "--out", "o"]) == 0
     before = files_in("o")
-    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("No space left")))
+
+    def write_half(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:100])
+        raise OSError("No space left")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
     assert "No space left" in refused([*RUN, "1", "--out", "o"], capsys)
     assert files_in("o") == before               # and nothing else
 
@@ -1799,12 +1835,14 @@ assert train.main([*options, "cut", "--resume"]) == 0
 
 def test_two_processes_train_as_one_with_the_doubled_batch_and_resume(folder):
     write(folder / "a.pkl", samples=(9, 6, 6))   # the last step: one sample for two
-    options = [*RUN, "1", "--dropout", "0", "--epochs", "3", "--out"]
+    options = [*RUN, "1", "--dropout", "0", "--epochs", "3",
+               "--optimizer", "adam", "--weight-decay", "0.1", "--out"]
     Path("two.py").write_text(TWO)
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone",
-         "--nproc_per_node=2", "two.py", *options], check=True, capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(HERE)})
+         "--nproc_per_node=2", "two.py", *options], check=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(HERE)}, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.count("Results go to") == 3           # one process speaks
     assert files_in("cut") == files_in("two")
     assert train.main([*options, "one", "--batch-size", "8"]) == 0
     assert results("two")["config"]["processes"] == 2
@@ -1825,7 +1863,8 @@ def in_this_process(monkeypatch):
     "--fusion x", "--dropout 1", "--out a.pkl", "--device cuda", "--mode kernel",
     "--fusion mamba --coupling learned", "--fusion attention --no-mix",
     "--optimizer sgd", "--dataset brca --task regression", "--workers 2",
-    "--dataset own", "--dataset own --data a.pkl", "--benchmark --mode kernel"])
+    "--benchmark --mode kernel", "--dataset own",
+    "--dataset own --data a.pkl --benchmark"])
 def test_a_wrong_command_is_one_sentence_and_code_2(
         words, folder, capsys, monkeypatch, in_this_process):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -1836,7 +1875,7 @@ def test_a_wrong_command_is_one_sentence_and_code_2(
 
 
 @pytest.mark.parametrize("error", [
-    MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError(), BrokenProcessPool(), torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_is_one_line_and_other_errors_are_not_hidden(
         error, folder, capsys, monkeypatch):
@@ -1856,9 +1895,12 @@ def test_a_run_says_what_it_is_on_any_terminal(encoding, folder, monkeypatch):
     terminal.flush()
     said = terminal.buffer.getvalue().decode(encoding)
     shown = "中文" if encoding == "utf-8" else "??"
-    for words in ("There are no data at data/sims", "12 samples", "outputs 1, ",
-                  "'text': 768", f"Results go to {shown}", "2 seeds"):
+    for words in ("There are no data at data/sims/unaligned_39.pkl", "12 samples",
+                  "Get unaligned_39.pkl from the links on https://github.com/thuiar/",
+                  "'text': 768", "parameters, outputs 1, ", "2 seeds",
+                  f"Results go to {shown}"):
         assert words in said
+    assert "\r" not in said                      # progress is for terminals only
 
 
 def test_help_shows_the_default_of_every_option_that_has_one(capsys):
@@ -1908,6 +1950,8 @@ def test_a_case_of_the_benchmark_does_what_its_label_says(case, monkeypatch):
     assert model.training == model.modality_logits.any() == ("training" in case.label)
     scores = 4 * 4 * 300 * 600                   # samples, heads, steps, keys
     assert (seen.size >= scores) is ("explicit" in case.label)
+    monkeypatch.setattr(train, "memory", lambda _, restart=False: 107 - 7 * restart)
+    assert train.measure_case(config, data.SPECS["mosi"], 3, case)[1] == 7
 
 
 def memory_of_40_megabytes():
