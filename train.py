@@ -597,7 +597,7 @@ def memory(device, restart=False):
 OWN = dict(d_model=32, layers=1, d_state=16, pooling="mean")
 STAND_IN = dict(OWN, epochs=12, lr=3e-3, seeds=1, batch_size=32)
 BATCH_SIZE = dict(mosei=1024, sims=128, simsv2=256, brca=64, rosmap=32, mmimdb=512)
-STAND_IN_SAMPLES = (1368, 456, 457)  # in train, valid and test, as in sims
+STAND_IN_SAMPLES = data.SPECS["sims"].samples    # of every dataset
 
 
 def number_in(kind, low, below=2 ** 31):
