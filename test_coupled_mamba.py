@@ -1134,7 +1134,7 @@ FORGED = (b"\x80\x02}U\x05train}U\x04textcnumpy.core.multiarray\nscalar\n"
           b"cnumpy\ndtype\n(U\x02O8I00\nI01\ntR(K\x03U\x01|NNNJ\xff\xff\xff\xff"
           b"J\xff\xff\xff\xffK\x00tbU\x08AAAAAAAA\x86RssU\x05valid}sU\x04test}s.")
 DEEP_KEY = b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s."
-HOSTILE = [*[(mmsa, *case) for case in [
+HOSTILE = {mmsa: [
     (b"cposix\nsystem\n(S'touch hacked'\ntR.", "posix.system"),
     (b"cnumpy\nsave\n(S'hacked'\nI1\ntR.", "numpy.save"),
     (FORGED, "train/text is of type O8"), (DEEP_KEY, "not a complete MMSA pickle"),
@@ -1150,24 +1150,28 @@ HOSTILE = [*[(mmsa, *case) for case in [
     (wrong("train/regression_labels", [np.nan] * 12), "[nan]"),
     (wrong("test/regression_labels", [3.5] * 6), "at most 3"),
     (wrong("test/text_bert", np.ones((6, 3, 7))), "attention mask (6, 3, 6)"),
+    (wrong("test/audio_lengths", [-1] * 6), "whole numbers"),
+    (wrong("test/audio_lengths", [0.5] * 6), "whole numbers"),
+    (wrong("test/audio_lengths", [np.nan] * 6), "whole numbers"),
+    (wrong("test/audio_lengths", [1.0] * 5), "whole numbers"),
     (wrong("test/vision", np.ones((6, 25, 3))), "not zero outside the frames"),
-    *[(wrong("test/audio_lengths", lengths), "whole numbers")
-      for lengths in ([-1] * 6, [0.5] * 6, [np.nan] * 6, [1.0] * 5)]]],
-    *[(mogonet, *case) for case in [
-        (None, "there is no MOGONET folder here"),
-        (wrong("2_te", None), "has no 2_te.csv"), (wrong("1_tr", []), "1_tr.csv"),
-        (wrong("1_tr", ["1,2", "1"]), "1_tr.csv"),
-        (wrong("1_tr", np.full((55, 7), np.nan)), "NaN"),
-        (wrong("labels_te", np.arange(7)), "from 0 to 1"),
-        (wrong("labels_te", np.ones(2)), "2 samples"),
-        (wrong("1_tr", lambda x: np.c_[:55, x]), "index")]],
-    (mmimdb, b"hello", "not a complete HDF5"),
-    (mmimdb, wrong("genres", np.ones((25959, 3))), "23 columns"),
-    (mmimdb, wrong("features", np.ones((5, 9))), "25959"),
-    (own, b"hello", "not a complete NumPy file"),
-    (own, wrong("valid/audio", None), "has no valid/audio"),
-    (own, wrong("test/y", np.full(6, 10 ** 17)), "values like [100000000000"),
-    (own, wrong("train/text", np.array([None])), "allow_pickle=False")]
+], mogonet: [
+    (None, "there is no MOGONET folder here"),
+    (wrong("2_te", None), "has no 2_te.csv"), (wrong("1_tr", []), "1_tr.csv"),
+    (wrong("1_tr", ["1,2", "1"]), "1_tr.csv"),
+    (wrong("1_tr", np.full((55, 7), np.nan)), "NaN"),
+    (wrong("1_tr", lambda x: np.c_[:55, x]), "index"),
+    (wrong("labels_te", np.arange(7)), "from 0 to 1"),
+    (wrong("labels_te", np.ones(2)), "2 samples"),
+], mmimdb: [
+    (b"hello", "not a complete HDF5"),
+    (wrong("genres", np.ones((25959, 3))), "23 columns"),
+    (wrong("features", np.ones((5, 9))), "25959"),
+], own: [
+    (b"hello", "not a complete NumPy file"),
+    (wrong("valid/audio", None), "has no valid/audio"),
+    (wrong("test/y", np.full(6, 10 ** 17)), "values like [100000000000"),
+    (wrong("train/text", np.array([None])), "allow_pickle=False")]}
 
 
 def refused(argv, capsys):
@@ -1181,7 +1185,8 @@ def refused(argv, capsys):
     return message
 
 
-@pytest.mark.parametrize("make, damage, message", HOSTILE)
+@pytest.mark.parametrize("make, damage, message", [
+    (make, *case) for make, cases in HOSTILE.items() for case in cases])
 def test_a_damaged_or_hostile_file_is_one_line_and_exit_code_2(
         make, damage, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
