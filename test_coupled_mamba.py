@@ -490,6 +490,7 @@ def test_every_parameter_starts_where_its_docstring_says():
         for name in ("norm_bias", "conv_bias", "coupling_logits"):
             assert (getattr(block, name) == 0).all()
         assert (block.D == 1).all() and (block.norm_weight == 1).all()
+    assert Block(2, 8, d_state=4).dt_proj.weight.shape == (2, 1, 16)
 
 
 def test_dropout_drops_outputs_of_a_block_and_of_the_hidden_layer():
@@ -729,7 +730,7 @@ def test_the_kernel_says_why_it_cannot_run(monkeypatch):
     assert reason() is None
     assert "up to 8 modalities and got 9" in reason(m=9)
     assert "power of two and got 3" in reason(n=3)
-    assert "less than 2^31 elements" in reason(l=2 ** 28)
+    assert "less than 2^31 elements" in reason(l=2 ** 27)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
         assert "deterministic algorithms" in reason()
