@@ -438,6 +438,7 @@ def load(path, config, resume):
     try:
         if path.suffix == ".json":
             found = json.loads(path.read_text())
+            # From here on a dict: the number of a seed -> its result.
             found["seeds"] = {result["seed"]: result for result in found["seeds"]}
         else:
             found = torch.load(path, weights_only=True, map_location="cpu")
