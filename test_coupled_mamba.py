@@ -262,6 +262,9 @@ def test_the_scan_is_exact_under_autocast_and_refuses_second_derivatives(mode):
     assert torch.autograd.gradgradcheck(         # which only `recurrence` has
         lambda *values: coupled_scan(**dict(zip(p, values)), mode="recurrence"),
         [v.requires_grad_() for v in p.values()], atol=1e-6, fast_mode=True)
+    two = torch.vmap(lambda D: coupled_scan(**{**p, "D": D}, mode="recurrence")[0])(
+        torch.stack([p["D"], 2 * p["D"]]))
+    assert_close(two[1] - two[0], p["D"][:, None, None] * p["x"])
 
 
 @given(problems)
@@ -1085,13 +1088,16 @@ def test_new_samples_of_other_shapes_are_refused(tmp_path):
     write(tmp_path / "a", own, frames=(9, 9, 9), says="no")
     dataset = data.load("own", tmp_path / "a")
     assert dataset.notes == []
+    resampled = data.load("own", tmp_path / "a", 4).preparation
     xs = [np.ones((6, 9, width)) for width in (8, 5, 3)]
-    for streams, lengths in (
-            (xs[:2], None), (xs[::-1], None), ([xs[0][:, 1:], *xs[1:]], None),
-            ([x[:, 1:] for x in xs], None), ([xs[0][1:], *xs[1:]], None),
-            ([x[:, 0] for x in xs], None), (xs, [None]), (xs, [[1], None, None])):
+    for preparation, streams, lengths in (
+            (dataset.preparation, [x[:, 1:] for x in xs], None),
+            (resampled, [xs[0][:, 1:], *xs[1:]], None), (resampled, xs[:2], None),
+            (resampled, xs[::-1], None), (resampled, [xs[0][1:], *xs[1:]], None),
+            (resampled, [x[:, 0] for x in xs], None), (resampled, xs, [None]),
+            (resampled, xs, [[1], None, None])):
         with pytest.raises(data.DataError, match="expected"):
-            data.prepare(streams, dataset.preparation, lengths)
+            data.prepare(streams, preparation, lengths)
 
 
 @pytest.mark.parametrize("length", [1, 3, 9, None])
@@ -1211,13 +1217,13 @@ def test_only_what_reading_itself_raises_is_called_a_damaged_file(
         data.load("mosi", tmp_path / "a")
 
 
-PLACES = {mmsa: ["train", "valid/text", "test/audio", "test/text_bert",
+PLACES = {mmsa: ["train", "train/text", "test/audio", "test/text_bert",
                  "train/vision_lengths", "valid/regression_labels"],
           own: ["train/text", "test/text_lengths", "valid/y", "test/audio"],
           mogonet: ["1_tr", "labels_tr", "3_te"], mmimdb: ["features", "genres"]}
 VALUES = [None, "a", 7, [1.0], {}, [[1.0], 2], np.ones((0, 3, 4)), np.array([b"a"]),
           np.float32(2), lambda x: x[:-1], lambda x: x[None], lambda x: x.T,
-          lambda x: x.astype("S9"), lambda x: x.astype(bool)]
+          np.zeros_like, lambda x: x.astype("S9"), lambda x: x.astype(bool)]
 
 
 def assert_read_or_refused(path, make):
@@ -1914,7 +1920,7 @@ def test_a_run_says_what_it_is_on_any_terminal(encoding, folder, monkeypatch):
     shown = "中文" if encoding == "utf-8" else "??"
     for words in ("There are no data at data/sims/unaligned_39.pkl", "12 samples",
                   "Get unaligned_39.pkl from the links on https://github.com/thuiar/",
-                  "'text': 768", "parameters, outputs 1, ", "2 seeds",
+                  "'text': 768", "14,396 parameters, outputs 1, ", "2 seeds",
                   f"Results go to {shown}"):
         assert words in said
     assert "\r" not in said                      # progress is for terminals only
