@@ -1064,7 +1064,8 @@ def test_labels_are_numbers_or_their_signs_or_classes(
 def test_what_differs_from_the_published_set_or_is_not_used_is_said(tmp_path):
     def add(content):
         content["train_mix"] = {}
-        content["train"]["depth"] = np.ones((12, 3, 4))
+        content["train"] |= {"depth": np.ones((12, 3, 4)),       # and audio is absent
+                             "audio": np.zeros((12, 40, 5)), "audio_lengths": [0] * 12}
         for s, count in zip(data.SPLITS, (12, 6, 6)):
             content[s]["regression_labels"] = [1.0] * count
 
