@@ -27,7 +27,7 @@ SPLITS = ("train", "valid", "test")
 MODALITIES = ("text", "audio", "vision")
 OMICS = ("mrna", "methylation", "mirna")
 SENTIMENT = ("regression", "classification")
-VECTORS = ("mogonet", "mmimdb")  # layouts whose samples are vectors
+VECTORS = ("mogonet", "mmimdb")  # layouts without frames
 BLOCK_ELEMENTS = 1 << 22  # worked on at once: some 50 MB
 SENTINEL = np.float64(1e30)  # no feature is that large
 LATENT = 8  # directions that carry a stream of the stand-in
@@ -40,7 +40,7 @@ class Spec(NamedTuple):
     modalities: tuple
     widths: tuple       # number of features per modality
     samples: tuple      # number of samples in train, valid, test
-    classes: int        # number of classes, or of labels that hold at the same time
+    classes: int        # number of classes, or of labels (N, k)
     scale: float = 0.0  # regression labels lie in [-scale, scale]; 0: not known
     tasks: tuple = ("classification",)  # what it has labels for, the default first
 
@@ -550,7 +550,7 @@ def with_missing(dataset, rate, seed=0):
     rng = np.random.default_rng(seed)
     for split in dataset.splits.values():
         for x in split.xs:
-            for row in x:  # row by row, to bound the work space
+            for row in x:  # row by row: less memory
                 row[rng.random(row.shape, dtype=np.float32) < rate] = 0
 
 
@@ -586,7 +586,7 @@ def synthetic(name, length=None, samples=None, seed=0, task=None):
             noise = 0.25 * rng.standard_normal((count, length, LATENT))
             latent = strength[..., None] * pattern + noise
             xs.append(latent.astype(np.float32) @ matrix.astype(np.float32))
-            for row in xs[-1]:  # row by row, to bound the work space
+            for row in xs[-1]:  # row by row: less memory
                 row += 0.05 * rng.standard_normal(row.shape, np.float32)
         splits[s] = Split(xs, np.ones((len(xs), count, length), bool), y)
     preparation = dict(layout="own", length=length, aligned=True, whole=True,
@@ -600,7 +600,7 @@ def _events(rng, count, length, spec, task):
     pairs, replies = 2, 3
     if task == "classification" and spec.layout != "mmimdb":
         pairs = replies = spec.classes - 1  # one reply to each pair
-    slot = length / (2 * pairs)  # each sign has its own part of the time
+    slot = length / (2 * pairs)  # each sign has its own slot
     duration = max(1, int(slot / 4))
     delays = max(1, min(2, int(slot) - 2 * duration + 1))
     begins = max(1, int(slot) - 2 * duration - delays + 1)
