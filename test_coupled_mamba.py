@@ -1304,7 +1304,7 @@ def test_missing_elements_are_zero_at_the_rate_and_by_the_seed_asked_for():
 
 # ------------------------------------------------------------ metrics
 def counted(pairs, *names):
-    """{name: value} of accuracy, F1 weighted by true classes, mean F1, as many as names.
+    """As many as there are names of: accuracy, F1 weighted by true classes, mean F1.
 
     pairs: (true, predicted).
     """
@@ -1489,20 +1489,8 @@ def run(tmp_path):
     return train.Run(config, dataset, tmp_path, 0, 1)
 
 
-def test_the_seed_of_dropout_differs_by_seed_epoch_and_process(run, monkeypatch):
-    seeds = []
-    monkeypatch.setattr(torch, "manual_seed", seeds.append)
-    monkeypatch.setattr(train.dist, "all_reduce", lambda total: None)
-    model = train.make_model(run.config, [768, 5, 20], 1)
-    optimizer = train.make_optimizer(model, run.config)
-    for rank, seed, epoch in itertools.product((0, 1), (0, 1), (1, 2)):
-        process = run._replace(rank=rank, world=2)
-        train.train_epoch(process, model, optimizer, seed, epoch)
-    assert len({*seeds}) == 8
-
-
 def epochs_by_hand(run, seed, optimizer_class):
-    """What a run must do: losses; least MAE on valid, its epoch and its weights."""
+    """What a process must do: losses; least MAE on valid, its epoch, its weights."""
     torch.manual_seed(seed)
     model = CoupledMamba((768, 5, 20), 1, d_model=8, n_layers=1, d_state=4, dropout=0.2)
     plain = ("bias", "norm_weight", "A_log", "D", "logits")
@@ -1511,19 +1499,20 @@ def epochs_by_hand(run, seed, optimizer_class):
     optimizer = optimizer_class([
         {"params": maps, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}])
     split, valid = run.dataset.splits["train"], run.dataset.splits["valid"]
-    losses, best = [], (math.inf,)
+    losses, best = [], (math.inf, 0)
     for epoch in range(1, run.config["epochs"] + 1):
         for group in optimizer.param_groups:
             group["lr"] = 0.01 / 2 ** ((epoch - 1) // 50)
         order = np.random.default_rng((seed, epoch)).permutation(12)
-        torch.manual_seed(seed * 10 ** 5 + epoch)            # for dropout
+        torch.manual_seed((seed * 10 ** 5 + epoch) * run.world + run.rank)   # dropout
         total = 0.0
-        for rows in (order[:5], order[5:10], order[10:]):
+        for of_all in np.split(order, range(5 * run.world, 12, 5 * run.world)):
+            rows = of_all[run.rank::run.world]
             xs = [torch.tensor(x[rows]) for x in split.xs]
             out = model.train()(xs, torch.tensor(split.mask[:, rows]))
             errors = (out[:, 0] - torch.tensor(split.y[rows])).abs()
             optimizer.zero_grad()
-            errors.mean().backward()
+            (errors.sum() / len(of_all) * run.world).backward()
             optimizer.step()
             total += errors.sum().item()
         losses.append(total / 12)
@@ -1532,24 +1521,39 @@ def epochs_by_hand(run, seed, optimizer_class):
         mae = (out[:, 0] - torch.tensor(valid.y)).abs().mean().item()
         if mae < best[0]:
             best = mae, epoch, {k: v.clone() for k, v in model.state_dict().items()}
+        if epoch - best[1] == run.config["patience"] > 0:
+            break
     return losses, best
 
 
-@pytest.mark.parametrize("optimizer, kind, epochs", [
-    ("adamw", torch.optim.AdamW, 51), ("adam", torch.optim.Adam, 4)])
+@pytest.mark.parametrize("optimizer, kind, epochs, patience, world", [
+    ("adamw", torch.optim.AdamW, 51, 0, 1), ("adam", torch.optim.Adam, 40, 2, 1),
+    ("adam", torch.optim.Adam, 3, 0, 2)])
 def test_a_run_is_a_plain_loop_with_masks_and_the_best_epoch_on_valid(
-        optimizer, kind, epochs, run):
-    run.config.update(weight_decay=0.1, batch_size=5, epochs=epochs,
+        optimizer, kind, epochs, patience, world, run, monkeypatch, capsys):
+    run.config.update(weight_decay=0.1, batch_size=5, epochs=epochs, patience=patience,
                       optimizer=optimizer)
+    run = run._replace(rank=world - 1, world=world)
+    for name in ("all_reduce", "broadcast_object_list"):
+        monkeypatch.setattr(train.dist, name, lambda _: None)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda m: m)
     result = train.train_seed(run, 3, False)
     losses, (mae, epoch, weights) = epochs_by_hand(run, 3, kind)
-    saved = torch.load(run.out / "seed3.pt", weights_only=True)
     assert [row["loss"] for row in result["log"]] == pytest.approx(losses, rel=1e-4)
-    assert [row["epoch"] for row in result["log"]] == list(range(1, epochs + 1))
-    assert result["epoch"] == saved["epoch"] == epoch
+    assert [row["epoch"] for row in result["log"]] == [*range(1, len(losses) + 1)]
+    assert result["epoch"] == epoch
     assert result["valid"]["MAE"] == pytest.approx(mae, rel=1e-4)
-    assert_close(saved["weights"], weights, 1e-3)
+    said = capsys.readouterr().out
+    if world == 2:                               # the first process speaks and writes
+        assert said == "" and not [*run.out.iterdir()]
+        return
+    assert (len(losses) < epochs) == (patience > 0)
+    why = "last 2 epochs were no better" if patience else "all epochs are done"
+    assert why in said
 
+    saved = torch.load(run.out / "seed3.pt", weights_only=True)
+    assert saved["epoch"] == epoch
+    assert_close(saved["weights"], weights, 1e-3)
     model = CoupledMamba(**saved["model"])
     model.load_state_dict(saved["weights"])
     test = run.dataset.splits["test"]
@@ -1559,19 +1563,14 @@ def test_a_run_is_a_plain_loop_with_masks_and_the_best_epoch_on_valid(
     assert (train.predict(model, test, {**run.config, "amp": True}) != out).any()
 
 
-@pytest.mark.parametrize("maes, options, best, why", [
-    ([3, 2, 2.5, 1, 1.5, 1], dict(epochs=6), 4, "all epochs are done"),
-    ([3, 2, 2.5, 1, 1.5, 1, 7], dict(patience=3), 4, "last 3 epochs were no better"),
-    ([3, math.nan], {}, 1, "training has diverged; try a smaller --lr")])
-def test_where_training_ends_and_which_epoch_is_the_best(
-        maes, options, best, why, run, monkeypatch, capsys):
-    coming = iter([*maes, *[0.5] * 9])           # 0.5 for test, or if it does not end
-    run.config.update({"epochs": 9, **options})
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "measure", lambda *_: {"MAE": float(next(coming))})
+def test_training_that_diverges_ends_and_the_best_epoch_before_counts(
+        run, monkeypatch, capsys):
+    with monkeypatch.context() as patch:         # epochs 1 and 2, test, and no more
+        metrics = [{"MAE": 3.0}, {"MAE": math.nan}, {"MAE": 0.5}, {"MAE": 0.1}]
+        patch.setattr(train, "measure", Mock(side_effect=metrics))
         result = train.train_seed(run, 0, False)
-    assert result["epoch"] == best and len(result["log"]) == len(maes)
-    assert why in capsys.readouterr().out
+    assert result["epoch"] == 1 and result["test"]["MAE"] == 0.5
+    assert "training has diverged; try a smaller --lr" in capsys.readouterr().out
     run.dataset.splits["train"].y[3] = math.nan  # a NaN loss ends training, too
     row, = train.train_seed(run, 1, False)["log"]
     assert train.why_stop([{**row, "loss": None}], None, run.config)
@@ -1603,18 +1602,17 @@ def files_in(out):
     return {**found, "results.json": results(out)}
 
 
-def interrupted(argv, seed, epoch):
-    """A run of this command that ends with Ctrl-C late in this epoch."""
-    train_epoch = train.train_epoch
+def interrupted(argv, name, count):
+    """A run of this command, with Ctrl-C at this call of a function of train."""
+    function, calls = getattr(train, name), itertools.count(1)
 
-    def stop(run, model, optimizer, *now):
-        loss = train_epoch(run, model, optimizer, *now)
-        if now == (seed, epoch):
+    def stop(*arguments):
+        if next(calls) == count:
             raise KeyboardInterrupt
-        return loss
+        return function(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_epoch", stop)
+        patch.setattr(train, name, stop)
         assert train.main(argv) == 130
 
 
@@ -1716,7 +1714,7 @@ def test_a_run_leaves_its_files_whole_and_no_other_run_loses_them(
         patch.setattr(Path, "write_bytes", write_half)
         assert "No space left" in refused(argv, capsys)
     assert files_in("o") == before               # and nothing else
-    interrupted(argv, 0, 2)                      # the same once more
+    interrupted(argv, "train_epoch", 2)          # the same once more
     Path("o/seed0.resume").unlink()
     assert files_in("o") == before
     assert train.main([*argv, "--seeds", "1"]) == 0              # the first seed again
@@ -1755,7 +1753,7 @@ def test_every_fusion_trains_on_every_stand_in_and_predicts_again(
 @pytest.fixture
 def stopped(folder):
     """A run of two seeds in the folder `stopped`, which ended in epoch 4 of seed 1."""
-    interrupted([*RUN, "2", "--out", "stopped"], 1, 4)
+    interrupted([*RUN, "2", "--out", "stopped"], "train_epoch", 9)
     return folder / "stopped"
 
 
@@ -1771,19 +1769,15 @@ def test_an_interrupted_run_resumes_to_the_bit_also_to_more(more, stopped, capsy
     refused([*RUN, *more, "--epochs", "4", "--out", "stopped", "--resume"], capsys)
 
 
-def test_resume_stops_where_patience_ends(folder, monkeypatch):
+def test_resume_stops_where_patience_ends(folder):
     argv = [*RUN, "1", "--epochs", "30", "--patience", "2", "--out"]
     assert train.main([*argv, "whole"]) == 0
-    seeds = results("whole")["seeds"]
-    assert len(seeds[0]["log"]) < 30
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", Mock(side_effect=NameError))
-        with pytest.raises(NameError):
-            train.main([*argv, "o"])             # ends before test is looked at
+    interrupted([*argv, "o"], "evaluate", 1)     # before test is looked at
     assert train.main([*argv, "o", "--resume"]) == 0
     assert files_in("o") == files_in("whole")
     assert train.main([*argv, "o", "--resume", "--epochs", "40"]) == 0
-    assert results("o")["seeds"] == seeds
+    assert results("o")["seeds"] == results("whole")["seeds"]
+    assert len(results("o")["seeds"][0]["log"]) < 30
 
 
 def test_files_of_another_run_or_damaged_ones_are_not_resumed(stopped, capsys):
@@ -1821,7 +1815,7 @@ train.dist.init_process_group = functools.cache(train.dist.init_process_group)
 train.dist.destroy_process_group = lambda: None          # gloo begins only once
 options = sys.argv[1:]
 assert train.main([*options, "two"]) == 0
-interrupted([*options, "cut"], 0, 3)
+interrupted([*options, "cut"], "train_epoch", 3)
 assert train.main([*options, "cut", "--resume"]) == 0
 '''
 
