@@ -1542,6 +1542,7 @@ def test_a_run_is_a_plain_loop_with_masks_and_the_best_epoch_on_valid(
     assert [row["loss"] for row in result["log"]] == pytest.approx(losses, rel=1e-4)
     assert [row["epoch"] for row in result["log"]] == [*range(1, len(losses) + 1)]
     assert result["epoch"] == epoch
+    assert 0 <= sum(row["seconds"] for row in result["log"]) < 60
     assert result["valid"]["MAE"] == pytest.approx(mae, rel=1e-4)
     said = capsys.readouterr().out
     if world == 2:                               # the first process speaks and writes
