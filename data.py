@@ -41,8 +41,8 @@ class Spec(NamedTuple):
     widths: tuple       # number of features per modality
     samples: tuple      # number of samples in train, valid, test
     classes: int        # number of classes, or of labels (N, k)
-    scale: float = 0.0  # regression labels lie in [-scale, scale]; 0: not known
-    tasks: tuple = ("classification",)  # what it has labels for, the default first
+    scale: float = 0.0  # labels lie in [-scale, scale]; 0: not known
+    tasks: tuple = ("classification",)  # of its labels, the default first
 
 
 SPECS = {
@@ -188,7 +188,7 @@ def _take(tables, key):
     if key not in tables and key.endswith("_lengths"):
         return None
     if key not in tables:
-        raise DataError(f"has no {key}, only {', '.join(tables)[:80]}")
+        raise DataError(f"has no {key}; others: {', '.join(tables)[:80] or 'none'}")
     table = tables.pop(key)
     with _reading(f"array {key}"):
         if not isinstance(table, np.ndarray):

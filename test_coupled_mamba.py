@@ -7,6 +7,7 @@ Hypothesis draws the problems, 25 for most properties and always the same; with 
 environment variable PROFILE=thorough 10,000.
 """
 import contextlib
+import functools
 import inspect
 import io
 import itertools
@@ -1026,17 +1027,25 @@ def test_a_file_is_read_as_its_definition_says(
             np.testing.assert_array_equal(mask, ~np.isnan(means).any(2))
         np.testing.assert_array_equal(split.y, meaning[s][1][task], strict=True)
 
-    xs, told, _ = zip(*meaning["test"][0])
     if make is own:
         classes = 4 if task == "classification" else 0
         assert dataset.spec[2:6] == (data.MODALITIES, (8, 5, 3), (12, 6, 6), classes)
     notes = "; ".join(dataset.notes)
     assert ("are stretched to one" in notes) == (make is own and not one)
     assert "labels" not in notes                 # one is as large as is published
-    new = data.prepare(xs, dataset.preparation, told)
-    assert_close(new, [dataset.splits["test"].xs, dataset.splits["test"].mask], 1e-6)
+    assert_prepares(dataset, meaning["test"][0], shared, whole)
+
+
+def assert_prepares(dataset, streams, shared, whole):
+    """New samples like those of test become the same; those of other shapes nothing."""
+    xs, told, _ = zip(*streams)
+    found = data.prepare(xs, dataset.preparation, told)
+    assert_close(found, [dataset.splits["test"].xs, dataset.splits["test"].mask], 1e-6)
     wrong = [xs[:-1], xs[::-1], [xs[0][1:], *xs[1:]], [x[0] for x in xs]]
-    wrong += [[xs[0][:, 1:], *xs[1:]]] * shared + [[x[:, 1:] for x in xs]] * whole
+    if shared:
+        wrong.append([xs[0][:, 1:], *xs[1:]])
+    if whole:
+        wrong.append([x[:, 1:] for x in xs])
     for streams, lengths in [(xs, told[1:]), *((streams, None) for streams in wrong)]:
         with pytest.raises(data.DataError, match="expected"):
             data.prepare(streams, dataset.preparation, lengths)
@@ -1097,15 +1106,14 @@ def test_a_foreign_or_hostile_file_is_one_line_and_exit_code_2(
     assert os.listdir() == ["a"]                 # nothing in the file was executed
 
 
-def is_read(path, make):
-    """Whether the file is read, into numbers, or refused, in one line."""
+def refusal(path, make):
+    """The one line that refuses this file; or it is read, into numbers."""
     try:
         splits = data.load(NAMES[make], path).splits
     except data.DataError as error:
         assert str(error).startswith(str(path.parent)) and "\n" not in str(error)
-        return False
+        return str(error)
     assert all(np.isfinite(x).all() for split in splits.values() for x in split.xs)
-    return True
 
 
 ANYWHERE = ["a", 7, [1.0], {}, [[1.0], 2], np.ones((0, 3, 4)), np.array([b"a"]),
@@ -1134,7 +1142,7 @@ def test_a_file_with_a_wrong_entry_is_refused(make, places, tmp_path):
             write(path, make, dict.fromkeys(places.split(), value))
         except (TypeError, ValueError, AttributeError, LookupError):
             continue                             # no such file can be written
-        assert not is_read(path, make), value
+        assert refusal(path, make), value
 
 
 @given(st.sampled_from([*NAMES]), st.integers(0, 5), st.integers(0, 200), st.lists(
@@ -1148,7 +1156,7 @@ def test_a_file_with_wrong_bytes_or_without_its_end_is_read_or_refused(
     for place, byte in changes:
         content[place % len(content)] = byte
     file.write_bytes(content[:-end or None])
-    is_read(path, make)
+    refusal(path, make)
 
 
 # ------------------------------------------------------------ the stand-in
@@ -1381,27 +1389,35 @@ def interrupted(argv, name, count):
         assert train.main(argv) == 130
 
 
-def by_hand(config, dataset, seed):
-    """What all processes together must do, in one; yields for each epoch: its number,
-    the loss, the loss on valid, and weights and outputs on test.
-    """
-    world, count = config["processes"], len(dataset.splits["train"].y)
-    width = 3 if config["task"] == "classification" else 1
-    torch.manual_seed(seed)
-    model = CoupledMamba(WIDTHS, width, d_model=8, n_layers=1, d_state=4, dropout=0.2)
+def optimizer_by_hand(model, config):
+    """Only maps decay, and they do."""
     plain = ("bias", "norm_weight", "A_log", "D", "logits")
     maps = [p for name, p in model.named_parameters() if not name.endswith(plain)]
     rest = [p for name, p in model.named_parameters() if name.endswith(plain)]
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config["optimizer"]]
-    optimizer = kind([{"params": maps, "weight_decay": config["weight_decay"]},
-                      {"params": rest, "weight_decay": 0.0}])
+    return kind([{"params": maps, "weight_decay": config["weight_decay"]},
+                 {"params": rest, "weight_decay": 0.0}])
 
-    def outputs(name, rows=slice(None)):
-        xs, mask, y = dataset.splits[name]
-        xs = [torch.tensor(x[rows]) for x in xs]
-        with torch.autocast("cpu", torch.bfloat16, enabled=config["amp"]):
-            out = model(xs, torch.tensor(mask[:, rows]))
-        return out.float(), torch.tensor(y[rows])
+
+def outputs_and_labels(model, config, split, rows=slice(None)):
+    xs = [torch.tensor(x[rows]) for x in split.xs]
+    with torch.autocast("cpu", torch.bfloat16, enabled=config["amp"]):
+        out = model(xs, torch.tensor(split.mask[:, rows]))
+    return out.float(), torch.tensor(split.y[rows])
+
+
+def by_hand(config, dataset, seed):
+    """What all processes together must do. Yields for each epoch: its number, the loss,
+    the loss on valid, and a list of the weights, the outputs on test and their labels.
+    """
+    split, valid, test = dataset.splits.values()
+    world, count = config["processes"], len(split.y)
+    d_output = 3 if config["task"] == "classification" else 1
+    sizes = dict(d_model=8, n_layers=1, d_state=4, dropout=0.2)
+    torch.manual_seed(seed)
+    model = CoupledMamba(WIDTHS, d_output, **sizes)
+    optimizer = optimizer_by_hand(model, config)
+    outputs = functools.partial(outputs_and_labels, model, config)
 
     size = config["batch_size"] * world
     for epoch in itertools.count(1):
@@ -1416,16 +1432,16 @@ def by_hand(config, dataset, seed):
             optimizer.zero_grad()
             for rank in range(min(world, len(rows))):
                 torch.set_rng_state(dropout[rank])
-                out_and_y = outputs("train", rows[rank::world])
-                loss = train.sample_losses(*out_and_y).sum()
+                found = outputs(split, rows[rank::world])
                 dropout[rank] = torch.get_rng_state()
+                loss = train.sample_losses(*found).sum()
                 (loss / len(rows)).backward()
                 total += loss.item()
             optimizer.step()
         model.eval()
         weights = {name: v.clone() for name, v in model.state_dict().items()}
-        on_valid = train.sample_losses(*outputs("valid")).mean().item()
-        yield epoch, total / count, on_valid, [weights, *outputs("test")]
+        on_valid = train.sample_losses(*outputs(valid)).mean().item()
+        yield epoch, total / count, on_valid, [weights, *outputs(test)]
 
 
 def train_and_resume(argv, place, count):
@@ -1514,17 +1530,22 @@ def test_a_run_continues_to_more_and_loses_nothing_that_was_finished(
     assert report["mean"]["MAE"] == pytest.approx(np.mean(maes))
     assert report["std"]["MAE"] == pytest.approx(np.std(maes))
     assert report["mean"]["Corr"] is None        # JSON has no NaN
+
+    def write_half(path, content):
+        with path.open("wb") as file:
+            file.write(content[:100])
+        raise OSError("No space left")
+
     with monkeypatch.context() as patch:         # the same once more, without success
-        patch.setattr(os, "replace", Mock(side_effect=OSError("No space left")))
+        patch.setattr(Path, "write_bytes", write_half)
         assert "No space left" in refused([*argv, "whole"], capsys)
     assert files_in("whole") == before
     interrupted([*argv, "whole"], "train_epoch", 2)
     Path("whole/seed0.resume").unlink()
     assert files_in("whole") == before
     assert train.main([*argv, "whole", "--seeds", "1"]) == 0     # the first seed again
-    after = files_in("whole")
-    assert after["seed1.pt"] == before["seed1.pt"]
-    assert after["results.json"]["seeds"] == report["seeds"]
+    assert files_in("whole")["seed1.pt"] == before["seed1.pt"]
+    assert results("whole")["seeds"] == report["seeds"]
     assert [result["seed"] for result in report["seeds"]] == [0, 1, 2]
 
 
