@@ -843,7 +843,7 @@ def drawn(seed=0, samples=(12, 6, 6), says="both", frames=(6, 40, 25)):
         for m, number, width in zip(data.MODALITIES, frames, (8, 5, 3)):
             lengths = rng.integers(1, number + 1, count)
             lengths[:2] = number
-            lengths[2 + (m == "audio")] = 0      # not in one sample, and not in another
+            lengths[2 + (m == "audio")] = 0      # one has audio only, one has none
             real = np.arange(number) < lengths[:, None]
             if front or m == "text":
                 real = real[:, ::-1].copy()
@@ -855,8 +855,8 @@ def drawn(seed=0, samples=(12, 6, 6), says="both", frames=(6, 40, 25)):
                 told = told[:, None] if turned else told
             x = 50 * rng.standard_normal((count, number, width)) + 3
             x[~real] = 7 if np.ndim(told) == 3 else 0
-            x[0, 2] = x[1, 0] = 0
-            real[1, 0] = told is not None        # else, zeros at both ends are padding
+            x[0, 2] = x[1, 0] = 0                # real frames may be zero, but if no
+            real[1, 0] = told is not None        # lengths are told, not at an end
             with np.errstate(over="ignore"):
                 x[3:6, 0, 0] = -np.inf, np.nan, np.finfo(np.float32).min
                 x = content[f"{s}/{m}"] = store(x.astype(dtype))
