@@ -979,7 +979,7 @@ def test_what_differs_from_the_published_set_or_is_not_used_is_said(tmp_path):
 FORGED = (b"\x80\x02}U\x05train}U\x04textcnumpy.core.multiarray\nscalar\n"
           b"cnumpy\ndtype\n(U\x02O8I00\nI01\ntR(K\x03U\x01|NNNJ\xff\xff\xff\xff"
           b"J\xff\xff\xff\xffK\x00tbU\x08AAAAAAAA\x86RssU\x05valid}sU\x04test}s.")
-HACK = b"cposix\nsystem\n(S'touch hacked'\ntR."
+EXECUTES = b"cposix\nsystem\n(S'touch hacked'\ntR."
 OBJECT = b"\x93NUMPY\x01\x005\0{'descr': '|O', 'fortran_order': False, 'shape': ()}\n"
 DEEP_KEY = b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s."
 
@@ -996,7 +996,7 @@ def refused(argv, capsys):
 
 
 @pytest.mark.parametrize("make, content, message", [
-    (mmsa, HACK, "posix.system"), (own, OBJECT + HACK, "allow_pickle=False"),
+    (mmsa, EXECUTES, "posix.system"), (own, OBJECT + EXECUTES, "allow_pickle=False"),
     (mmsa, b"cnumpy\nsave\n(S'hacked'\nI1\ntR.", "numpy.save"),
     (mmsa, FORGED, "is of type O8"), (mmsa, DEEP_KEY, "not a complete MMSA pickle"),
     (mmsa, pickle.dumps([1, 2]), "expected a dict"), (mmsa, b"", "empty file"),
