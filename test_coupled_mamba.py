@@ -399,7 +399,6 @@ def test_the_model_is_figure_1_also_in_pieces(options, share, garbage, stops):
         first = stop
     assert_close(gradients(out, model), gradients(whole, model))
     assert all(v.isfinite().all() for v in gradients(model(dirty, mask), model))
-
     features = model.features(dirty, mask)
     for j in range(2):
         expected = figure_1(model, [x[j] for x in xs], mask[:, j].numpy())
@@ -1573,16 +1572,17 @@ def test_every_fusion_trains_and_predicts(name, task, folder, capsys):
         model.load_state_dict(saved["weights"])
         out = model([torch.tensor(x) for x in test.xs])
         assert_close([saved["prediction"], saved["target"]], [out, test.y], 1e-5)
-    lines = capsys.readouterr().out.splitlines()
-    assert all(line.startswith("synthetic | ") for line in lines)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert all(line.startswith("synthetic | ") for line in out.splitlines())
 
 
 @parametrize("words", [
-    "--data nowhere.pkl", "--epochs 0", "--epochs x", "--lr -1", "--lr nan",
-    "--fusion x", "--dropout 1", "--out a.pkl", "--device cuda", "--mode kernel",
+    "--data nowhere", "--dataset own --data nowhere", "--epochs 0", "--epochs x",
+    "--lr -1", "--lr nan", "--fusion x", "--dropout 1", "--out a.pkl",
+    "--device cuda", "--mode kernel", "--benchmark --mode kernel", "--workers 2",
     "--fusion mamba --coupling learned", "--fusion attention --no-mix",
-    "--optimizer sgd", "--dataset brca --task regression", "--workers 2",
-    "--benchmark --mode kernel", "--dataset own",
+    "--optimizer sgd", "--dataset brca --task regression", "--dataset own",
     "--dataset own --data a.pkl --benchmark"])
 def test_a_wrong_command_is_one_sentence(words, folder, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -1591,7 +1591,7 @@ def test_a_wrong_command_is_one_sentence(words, folder, capsys, monkeypatch):
     message = refused(f"--dataset sims {TINY} {words}", capsys)
     assert message.count("error: ") == 1
     assert not list(folder.rglob("results.json"))
-    assert "--dataset" in refused("", capsys)  # which one is required
+    assert "required: --dataset" in refused("", capsys)
 
 
 @parametrize("error, place, name", [
