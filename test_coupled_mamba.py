@@ -1,8 +1,8 @@
 """The properties of Coupled Mamba, and the proof that its modes agree: pytest -q
 
-Three references in NumPy are written from the paper and not from the code: Eq. 6, the
-model for one sample (Figure 1 with Algorithm 1), and what a data file means. Nearly
-every test is agreement with one of them; the rest is what no reference can say.
+References are written from the definitions and not from the code: Eq. 6, the model for
+one sample (Figure 1 with Algorithm 1), attention, what a data file means, metrics, a
+training loop. The other tests check what has no reference: memory, messages, files.
 Hypothesis draws the problems, 25 for most properties and always the same; with the
 environment variable PROFILE=thorough 10,000.
 """
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
@@ -41,10 +42,7 @@ import data
 import train
 from coupled_mamba import Block, CoupledMamba, coupled_scan
 
-try:
-    kernel = coupled_mamba.load_kernel()
-except ImportError:
-    kernel = None
+kernel = coupled_mamba.load_kernel() if find_spec("triton") else None
 triton_only = pytest.mark.skipif(
     kernel is None, reason="Triton is published for Linux only")
 KERNEL = pytest.param("kernel", marks=triton_only)
@@ -59,8 +57,7 @@ HERE = Path(__file__).parent
 torch.set_num_threads(1)  # the tensors are small
 
 # The largest error over the largest value. float32: 2^-24 times the 100 terms that a
-# decay of 0.99 sums, and more for gradients, which sum over time again. 16 bit: y and
-# gradients are rounded to 8 or 11 bits.
+# decay of 0.99 sums, and gradients sum again. 16 bit: rounding to 8 or 11 bits.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -87,7 +84,7 @@ def problem(m=3, b=2, l=11, e=4, n=3, seed=1, constant=False, masked=False,
     """Arguments of `coupled_scan` by name. constant: w is the same at all steps.
 
     step: log10 of a typical delta. With -1.5, S is mostly between 0.9 and 0.999: small
-    gates would hide that a state was lost. With 1.5, much of S is 0.
+    gates would hide that a state was lost. With 1.5, most of S is nearly 0.
     masked: some steps are as `Block` treats missing ones.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -116,7 +113,7 @@ problems = problems_up_to(4, 3, 14, 5, st.integers(1, 5))
 
 
 def assert_close(got, expected, tolerance=1e-9):
-    """Tensors, or dicts or lists of them, agree to `tolerance` of the largest value."""
+    """Tensors, dicts or lists: errors at most tolerance * max(largest value, 1e-3)."""
     if isinstance(expected, (dict, list, tuple)):
         assert len(got) == len(expected)
         for key in expected if isinstance(expected, dict) else range(len(expected)):
@@ -146,9 +143,9 @@ def outcome(p, mode, read="all", frozen=()):
     """y, H_last and every gradient under random cotangents.
 
     read: what the loss reads: "all", "y", "H", or "last", H and the last step of y.
-    frozen: arguments that ask for no gradient. The kernel gets an unusual layout.
+    frozen: arguments that ask for no gradient.
     """
-    if mode == "kernel":
+    if mode == "kernel":  # an unusual layout
         p = {name: v.to(DEVICE).movedim(0, -1).contiguous().movedim(-1, 0)
              for name, v in p.items()}
     p = {name: v.clone().requires_grad_(name not in frozen) for name, v in p.items()}
@@ -166,8 +163,8 @@ def outcome(p, mode, read="all", frozen=()):
 
 @contextlib.contextmanager
 def cut(chunk=coupled_mamba.CHUNK, cached=2 ** 20, tile=1024, fewest=99):
-    """How a mode cuts its work: steps of a chunk, numbers to work on at once; for the
-    kernel: numbers in a tile, and from how many on time is cut into segments.
+    """Let the modes cut their work. chunk: steps of one. cached: numbers that `scan`
+    works on at once. Of the kernel, tile: numbers in one, fewest: segments of time.
     """
     sizes = dict(CHUNK=chunk, TILE=tile, SEGMENT=chunk, FORWARD=fewest, BACKWARD=fewest)
     with patch.multiple(coupled_mamba, CHUNK=chunk, CACHED=cached):
@@ -185,7 +182,8 @@ FROZEN = st.sets(st.sampled_from(["delta", "A", "B", "C", "D", "w", "H0"]), max_
 @given(st.sampled_from(["convolution", "scan"]), problems, CUTS, READ, FROZEN)
 @example("convolution", problem(l=100), {}, "last", set())
 @example("convolution", problem(m=1, step=3.5), {}, "all", set())  # P = 0
-@example("convolution", problem(2, 1, 3, 1, 1, 0, False, True, 1.5), {}, "all", set())
+@example("convolution", problem(m=2, b=1, l=3, e=1, n=1, seed=0, masked=True, step=1.5),
+         {}, "all", set())  # P is 1e-12, then 4e-30
 @example("scan", problem(l=300), {}, "last", set())
 @example("scan", problem(l=301, masked=True), {}, "all", set())
 def test_the_modes_agree(mode, p, cuts, read, frozen):
@@ -194,8 +192,8 @@ def test_the_modes_agree(mode, p, cuts, read, frozen):
         assert_close(outcome(p, mode, read, frozen), expected, 1e-10)
 
 
-# The interpreter is slow, and shrinking would take minutes. The examples have several
-# samples, blocks of e and segments at once, and one a tile of e n = 128 in `_reduce`.
+# The interpreter is slow, and shrinking would take minutes. The first two examples have
+# several samples, blocks of e and segments at once; the second has tiles of BE n = 128.
 @triton_only
 @settings(max_examples=max(1, EXAMPLES // 5), phases=[Phase.explicit, Phase.generate])
 @given(problems_up_to(3, 2, 9, 6, st.sampled_from([1, 2, 4, 8])), CUTS, READ, FROZEN)
@@ -220,27 +218,29 @@ def test_narrow_inputs_have_a_float32_state(mode, dtype):
     assert_close(got["H"], expected["H"], TOLERANCE[torch.float32])
     assert_close(got, expected, TOLERANCE[dtype])
     for name in ("D", "w", "H0"):  # one float64 argument is enough
-        y, H = coupled_scan(**{**p, name: p[name].double()})
+        mixed = {**p, name: p[name].double()}
+        y, H = coupled_scan(**{k: v.to(DEVICE) for k, v in mixed.items()}, mode=mode)
         assert y.dtype == dtype and H.dtype == torch.float64
 
 
 @parametrize("mode", ["scan", KERNEL])
-def test_autocast_and_second_derivatives(mode):
+def test_autocast_and_refused_second_derivatives(mode):
     p = problem(l=5, n=4, dtype=torch.float32)
+    p = {name: v.to(DEVICE) for name, v in p.items()}
     expected = outcome(p, mode)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert_close(outcome(p, mode), expected, 1e-6)
-    p = {name: v.to(DEVICE).requires_grad_() for name, v in p.items()}
+    for v in p.values():
+        v.requires_grad_()
     y, _ = coupled_scan(**p, mode=mode)
     dx, = torch.autograd.grad((y ** 2).sum(), p["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
 
-def test_recurrence_under_gradgrad_and_vmap():
+def test_recurrence_has_second_derivatives_and_vmap():
     def call(*values):
         return coupled_scan(**dict(zip(p, values)), mode="recurrence")
-
     p = problem(2, 1, 3, 2, 2)
     values = [v.requires_grad_() for v in p.values()]
     assert torch.autograd.gradgradcheck(call, values, atol=1e-6, fast_mode=True)
@@ -360,20 +360,19 @@ def figure_1(model, xs, mask):
 
 
 def model_and_input(seed=0, m=3, b=2, l=7, extreme=False, **options):
-    """A small model in float64, none of whose parameters is neutral, and streams."""
+    """A float64 model without neutral parameters, and streams. extreme: one w is 1."""
     torch.manual_seed(seed)
     widths = (5, 3, 4, 2)[:m]
     model = CoupledMamba(widths, 2, d_model=8, n_layers=2, d_state=8, **options)
     model = model.double()
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p)
     for name, p in model.named_parameters():
-        p.data[0] += 2000 * (extreme and name.endswith("logits"))
+        p.data += 0.1 * torch.randn_like(p)
+        if extreme and name.endswith("logits"):
+            p.data[0] += 2000
     return model, [torch.randn(b, l, width).double() for width in widths]
 
 
 def gradients(out, model):
-    """The gradient of sum(out) for every parameter."""
     return torch.autograd.grad(out.sum(), list(model.parameters()),
                                materialize_grads=True)
 
@@ -433,6 +432,7 @@ def test_parameters_start_as_documented():
     for block in model.blocks:
         step = F.softplus(block.dt_bias)
         assert 0.99e-3 < step.min() < 2e-3 and 0.05 < step.max() < 1.01e-1
+        assert_close(step.log10().mean(), -2., 0.05)  # log-uniform
         assert_close(block.A_log.exp(), torch.arange(1., 65).expand(3, 256, 64), 1e-6)
         assert block.dt_proj.weight.shape == (3, 8, 256)  # the rank is n / 8
         for weight, fan_in in (
@@ -522,7 +522,7 @@ def test_the_model_runs_on_the_kernel():
     assert_close(out, expected[0], 0.1)
 
 
-def test_torch_compile_gives_the_same(recwarn):  # torch warns of its internals
+def test_torch_can_trace_the_model(recwarn):  # it warns of itself
     model, xs = model_and_input()
     assert_close(torch.compile(model, backend="eager")(xs), model(xs))
 
@@ -532,7 +532,6 @@ def test_a_checkpoint_is_rebuilt_and_goes_on(tmp_path):
     _, state = model.advance(xs, model.init_state(2))
     numbers = {name: np.array(v)[()] for name, v in model.config.items()
                if isinstance(v, (int, float))}
-    numbers["d_inputs"] = [np.int64(5), 3, 4]
     config = CoupledMamba(**{**model.config, **numbers}).config
     torch.save([config, model.state_dict(), state], tmp_path / "a.pt")
     config, weights, state = torch.load(tmp_path / "a.pt", weights_only=True)
@@ -541,8 +540,7 @@ def test_a_checkpoint_is_rebuilt_and_goes_on(tmp_path):
     again.load_state_dict(weights)
     assert torch.equal(again(xs), model(xs))
     assert_close(again.advance(xs, state)[0], model([x.repeat(1, 2, 1) for x in xs]))
-    for part in (again, again.blocks):
-        assert "coupling='none'" in repr(part)
+    assert "coupling='none'" in repr(again)
 
 
 # ------------------------------------------------------------ what a user gets wrong
@@ -639,7 +637,6 @@ def test_the_kernel_says_why_it_cannot_run(monkeypatch):
         assert "deterministic algorithms" in reason()
     monkeypatch.setattr(kernel.knobs.runtime, "interpret", False)
     assert "needs an NVIDIA GPU, or TRITON_INTERPRET=1" in reason()
-
     monkeypatch.setattr(torch.version, "hip", None)
     for found, launcher, message in (
             ((7, 5), {}, "8.0 and got 7.5"), ((8, 0), {"utils": "built"}, None),
@@ -676,12 +673,12 @@ def test_the_programs_cover_the_problem(m, b, l, e, n, backward):
     if segments > 1:
         assert length % kernel.CHUNK == 0 and length >= kernel.SEGMENT
         assert grid[0] * grid[1] <= 132 * kernel.RESIDENT
-    if (m, e, n, backward) == (3, 256, 64, True):  # the sizes of the paper
-        assert grid[0] * grid[1] >= 0.9 * 132 * kernel.RESIDENT
+    if (b, l, e, n) in ((16, 500, 256, 64), (1, 65536, 256, 64)):
+        assert grid[0] * grid[1] >= 0.9 * 132 * kernel.RESIDENT  # the GPU is full
 
 
 # Nothing is compiled with TRITON_INTERPRET, so this runs in a process without it. No
-# GPU is needed. All that runs at once shares 164 KiB of memory on the smaller GPU.
+# GPU is needed. On an A100, all that runs at once shares 164 KiB of memory.
 COMPILE = '''
 import re, subprocess
 from pathlib import Path
@@ -709,8 +706,8 @@ for name, b, arch in (("_reduce", 16, 90), ("_forward", 128, 80), ("_backward", 
     Path("cubin").write_bytes(made.asm["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path
     said = subprocess.getoutput(f"'{tool}' -res-usage cubin")
-    registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", said).groups()
-    assert int(registers) <= 255 and stack == "0", (name, b, arch, registers)
+    stack = re.search(r"STACK:(\\d+)", said)[1]
+    assert stack == "0", (name, b, arch)  # no register is spilled
     assert re.search(r"[.]reqntid 32\\b", made.asm["ptx"])  # one warp
     assert made.metadata.shared <= 164 * 1024 // kernel.RESIDENT - 1024
 '''
@@ -723,6 +720,17 @@ def test_the_compiled_kernel_spills_nothing(tmp_path):
                TRITON_CACHE_DIR=str(tmp_path))
 
 
+@triton_only
+def test_the_check_of_the_kernel_can_fail(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernel.knobs.runtime, "interpret", True)
+    for error in (0, 0.001):
+        def scan(x, *others):  # with this error in the gradient of x
+            return coupled_mamba.scan(x + error * (x - x.detach()), *others)
+        with patch.dict(coupled_mamba.MODES, kernel=scan):
+            assert kernel.main() == (error > 0)
+
+
 # ------------------------------------------------------------ what data files mean
 STORES = [np.asarray, np.asfortranarray, lambda x: x.astype(x.dtype.newbyteorder()),
           lambda x: x.swapaxes(0, 1).copy().swapaxes(0, 1)]  # to arrange memory
@@ -733,7 +741,7 @@ def drawn(seed=0, samples=(12, 6, 6), says="both", frames=(6, 40, 25)):
 
     A stream is its values, what the file says of its real frames, and which these are.
     says: "no", "mask" (of text), "lengths" or "both". Text is padded in front, audio
-    and vision in front or at the end. Some values and real frames are missing.
+    and vision in front or at the end.
     """
     rng = np.random.default_rng(seed)
     front, turned = rng.random(2) < 0.5
@@ -744,7 +752,7 @@ def drawn(seed=0, samples=(12, 6, 6), says="both", frames=(6, 40, 25)):
         for m, number, width in zip(data.MODALITIES, frames, (8, 5, 3)):
             lengths = rng.integers(1, number + 1, count)
             lengths[:2] = number
-            lengths[2 + (m == "audio")] = 0  # one has audio only, one has none
+            lengths[2 + (m == "audio")] = 0  # one has only audio, one all others
             real = np.arange(number) < lengths[:, None]
             if front or m == "text":
                 real = real[:, ::-1].copy()
@@ -752,12 +760,12 @@ def drawn(seed=0, samples=(12, 6, 6), says="both", frames=(6, 40, 25)):
             if m == "text" and says in ("mask", "both"):
                 told = np.stack([~real, real, ~real], 2 if turned else 1)
             elif says in ("lengths", "both"):
-                told = np.where(lengths < number, lengths, 999)  # cut off by the tool
+                told = np.where(lengths < number, lengths, 999)  # cut-off frames count
                 told = told[:, None] if turned else told
             x = 50 * rng.standard_normal((count, number, width)) + 3
             x[~real] = 7 if np.ndim(told) == 3 else 0
-            x[0, 2] = x[1, 0] = 0  # real frames may be zero, but if no
-            real[1, 0] = told is not None  # lengths are told, not at an end
+            x[0, 2] = x[1, 0] = 0  # real frames may be zero, but without
+            real[1, 0] = told is not None  # lengths, zeros at an end are padding
             with np.errstate(over="ignore"):
                 x[3:6, 0, 0] = -np.inf, np.nan, np.finfo(np.float32).min
                 x = content[f"{s}/{m}"] = store(x.astype(dtype))
@@ -801,7 +809,7 @@ def own(seed=0, **options):
 
 
 def vectors(rows, y, *tables):
-    """What vectors mean: those of these rows are train, valid and test."""
+    """What tables of vectors mean; rows: those of train, of valid, of test."""
     return {s: ([(x[part], None, None) for x in tables], {"classification": y[part]})
             for s, part in zip(data.SPLITS, rows)}
 
@@ -861,9 +869,9 @@ def write(path, make=mmsa, entries={}, protocol=4, **options):
 def steps_by_definition(streams, length, shared, whole):
     """What the streams of a split become, NaN where a step has no real frame.
 
-    The frames from the first to the last real one (shared: in any stream; whole: all)
-    are cut into segments. A step is the mean of those in its segment that are real, or
-    not told to be none. Vectors are filled with zeros and cut.
+    The frames from the first to the last real one (shared: real in any stream; whole:
+    all frames) are cut into segments. A step is the mean of the real frames in its
+    segment; without lengths, of all. Vectors are filled with zeros and cut.
     """
     found = []
     for x, told, real in streams:
@@ -909,7 +917,6 @@ def test_a_file_is_read_as_its_definition_says(
             data.load(NAMES[make], path, length, asked)
         asked = None
     dataset = data.load(NAMES[make], path, length, asked)
-
     one = frames == (52, 52, 52)  # number of frames for all streams
     shared = one and (make is own or says in ("no", "mask"))
     whole = make is own and one and length in (None, 52)
@@ -924,7 +931,7 @@ def test_a_file_is_read_as_its_definition_says(
             scale[scale < 1e-6] = 1  # of a constant feature
             expected = np.nan_to_num((means - center) / scale)
             np.testing.assert_allclose(x, expected, rtol=0, atol=1e-4)
-            np.testing.assert_array_equal(mask, ~np.isnan(means).any(2))
+            assert (mask == ~np.isnan(means).any(2)).all()
         np.testing.assert_array_equal(split.y, meaning[s][1][task], strict=True)
 
     if make is own:
@@ -932,7 +939,7 @@ def test_a_file_is_read_as_its_definition_says(
         assert dataset.spec[2:6] == (data.MODALITIES, (8, 5, 3), (12, 6, 6), classes)
     notes = "; ".join(dataset.notes)
     assert ("are stretched to one" in notes) == (make is own and not one)
-    assert "labels" not in notes  # one is as large as is published
+    assert "labels" not in notes  # -3 is as large as is published
     assert_prepares(dataset, meaning["test"][0], shared, whole)
 
 
@@ -981,12 +988,11 @@ DEEP_KEY = b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s."
 
 
 def run(command):
-    """train.py with these words: the exit code."""
     return train.main(command.split())
 
 
 def refused(command, capsys):
-    """The sentence with which this command ends, and exit code 2."""
+    """Run a command that must end with code 2 and one sentence; returns that."""
     try:
         code = run(command)
     except SystemExit as error:  # of argparse, which adds the usage
@@ -1006,7 +1012,7 @@ def refused(command, capsys):
     (mmsa, b"PK\x03\x04...", "zip archive"), (mmsa, b"\x1f\x8b...", "gzip"),
     (mmsa, b"\n<!DOCTYPE html>", "HTML page"), (mmimdb, b"hello", "complete HDF5"),
     (mmsa, b"version https://git-lfs", "LFS"), (own, b"hello", "complete NumPy file")])
-def test_a_hostile_file_is_one_line(
+def test_a_file_that_is_no_data_gets_one_line(
         make, content, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a").write_bytes(content)
@@ -1106,7 +1112,7 @@ def test_missing_elements_are_zero():
             assert (x == same).all() and (x != other).any() and (whole != new).any()
 
 
-# ------------------------------------------------------------ metrics
+# ------------------------------------------------------------ metrics and fusions
 def f1(pairs, c):
     true, pred = zip(*pairs)
     return 2 * pairs.count((c, c)) / max(1, true.count(c) + pred.count(c))
@@ -1138,7 +1144,6 @@ def test_metrics_of_numbers(pairs, scale):
 
     def judged(judge, *names):
         return counted([(judge(t), judge(p)) for t, p in pairs], *names)
-
     expected = {}
     if scale == 3:
         some = [(t > 0, p > 0) for t, p in pairs if t != 0]
@@ -1177,7 +1182,6 @@ def test_metrics_and_losses_of_classes(seed, samples):
     columns = [list(zip(*pair)) for pair in zip(labels.T, logits.T > 0)]
     of_labels = {"micro F1": f1(sum(columns, []), 1),
                  "macro F1": np.mean([f1(column, 1) for column in columns])}
-
     entropy = [np.log(np.exp(x).sum()) - x[t] for t, x in zip(true, logits)]
     crossed = np.log(1 + np.exp(logits)) - labels * logits
     for name, y, expected, losses in (
@@ -1192,13 +1196,12 @@ def test_metrics_and_losses_of_classes(seed, samples):
         assert_close(each, np.array(losses), 1e-5)
 
 
-# ------------------------------------------------------------ fusions
 TINY = "--d-model 8 --layers 1 --d-state 4 --batch-size 4"
 WIDTHS = (8, 5, 3)  # as in `drawn`
 
 
 def config_of(words=""):
-    """The settings that these options give on a dataset that is there."""
+    """The settings that these options give for real data."""
     command = f"--dataset mosi --data a.pkl --device cpu {words}"
     args = train.parse(command.split())
     return {**train.settings(args), "task": "regression"}
@@ -1266,7 +1269,7 @@ RUN = ("--dataset mosi --data a.pkl --device cpu --length 6 --epochs 5 "
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """To work in, with a small a.pkl. Stand-ins are tiny; no case has its process."""
+    """To work in: with a small a.pkl, tiny stand-ins, one process for all."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "STAND_IN_SAMPLES", (12, 6, 6))
     monkeypatch.setattr(train, "in_own_process", lambda function, *v: function(*v))
@@ -1275,7 +1278,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def results(out):
-    """results.json without the seconds, which differ from run to run."""
+    """results.json without the seconds, which differ."""
     report = json.loads((Path(out) / "results.json").read_text())
     for result in report["seeds"]:
         for row in result["log"]:
@@ -1292,14 +1295,13 @@ def files_in(out):
 
 
 def interrupted(command, name, count):
-    """This command, with Ctrl-C at this call of a function of train."""
+    """Run this command, with Ctrl-C at call `count` of this function."""
     function, calls = getattr(train, name), itertools.count(1)
 
     def stop(*arguments):
         if next(calls) == count:
             raise KeyboardInterrupt
         return function(*arguments)
-
     with patch.object(train, name, stop):
         assert run(command) == 130
 
@@ -1324,8 +1326,8 @@ def outputs_and_labels(model, config, split, rows=slice(None)):
 
 
 def by_hand(config, dataset, seed):
-    """What all processes together must do: by epoch its number, the loss, that on
-    valid, and a list of the weights, the outputs on test and their labels.
+    """What all processes do together: by epoch its number, the loss, that on valid,
+    and the weights, the outputs on test and their labels.
     """
     split, valid, test = dataset.splits.values()
     world, count = config["processes"], len(split.y)
@@ -1362,7 +1364,6 @@ def by_hand(config, dataset, seed):
 
 
 def train_and_resume(command, place, count):
-    """A run that is whole, and one that is interrupted and resumed."""
     assert run(f"{command} --out whole") == 0
     interrupted(f"{command} --out cut", place, count)
     assert run(f"{command} --out cut --resume") == 0
@@ -1373,9 +1374,9 @@ import functools, os, sys
 from test_coupled_mamba import train, train_and_resume
 dist = train.dist
 dist.init_process_group = functools.cache(dist.init_process_group)
-dist.destroy_process_group = dist.barrier  # gloo begins only once
+dist.destroy_process_group = dist.barrier  # one group for all runs
 if os.environ["RANK"] == "1":
-    train.save = lambda *_: os._exit(1)  # the first process writes
+    train.save = lambda *_: os._exit(1)  # only the first process writes
 train_and_resume(sys.argv[1], "train_epoch", 3)
 '''
 
@@ -1396,7 +1397,7 @@ def test_a_run_is_a_plain_loop_also_if_interrupted(
                           "--nproc_per_node=2", "--no-python",
                           sys.executable, "-c", TWO, command,
                           PYTHONPATH=str(HERE))
-    assert said.count("Results go to") == 3  # one process speaks
+    assert said.count("Results go to") == 3  # three runs; one process prints
     assert said.count("  resumed after epoch ") == 1
     assert files_in("cut") == files_in("whole")
     report = results("whole")
@@ -1436,7 +1437,6 @@ def test_nothing_that_was_finished_is_lost(folder, capsys):
     assert files_in("cut") == before
     assert run(f"{command} cut --resume") == 0
     assert capsys.readouterr().out.count("was finished before") == 3
-
     report = before["results.json"]
     assert sorted(before) == ["results.json", "seed0.pt", "seed1.pt", "seed2.pt"]
     assert list(report) == ["dataset", "synthetic", "task", "config", "environment",
@@ -1451,17 +1451,15 @@ def test_nothing_that_was_finished_is_lost(folder, capsys):
         with path.open("wb") as file:
             file.write(content[:100])
         raise OSError("No space left")
-
-    with patch.object(Path, "write_bytes", write_half):
+    with patch.object(Path, "write_bytes", write_half):  # a full disk
         assert "No space left" in refused(f"{command} whole", capsys)
     assert files_in("whole") == before
-    interrupted(f"{command} whole", "train_epoch", 2)
+    interrupted(f"{command} whole", "train_epoch", 2)  # a new run
     Path("whole/seed0.resume").unlink()
     assert files_in("whole") == before
-    assert run(f"{command} whole --seeds 1") == 0
+    assert run(f"{command} whole --seeds 1") == 0  # fewer seeds
     assert files_in("whole")["seed1.pt"] == before["seed1.pt"]
     assert results("whole")["seeds"] == report["seeds"]
-    assert [result["seed"] for result in report["seeds"]] == [0, 1, 2]
 
 
 def test_training_that_diverges_ends(folder, monkeypatch, capsys):
@@ -1511,15 +1509,15 @@ def test_files_of_another_run_are_kept(name, folder, capsys):
     "--epochs 7", "--batch-size 9", "--lr 0.1", "--optimizer adam", "--seed 11",
     "--weight-decay 0.1", "--patience 4", "--seeds 2", "--amp"])
 def test_an_option_changes_what_it_names(words):
-    option, value = [*words.split(), "True"][:2]
+    option, *value = words.split()
     name = option[2:].replace("-", "_")
     new, old = config_of(words), config_of()
     assert [key for key in old if new[key] != old[key]] == [name]
-    assert str(new[name]) == value
+    assert [str(new[name])] == (value or ["True"])
     name = {"layers": "n_layers", "no_mix": "mix"}.get(name, name)
     new, old = (train.make_model(config, WIDTHS, 1).config for config in (new, old))
     changed = [key for key in old if new[key] != old[key]]
-    assert changed == [name] * (name in old)
+    assert changed == ([name] if name in old else [])
 
 
 def test_defaults_of_paper_dataset_and_stand_in(folder, monkeypatch, capsys):
@@ -1555,19 +1553,18 @@ def test_defaults_of_paper_dataset_and_stand_in(folder, monkeypatch, capsys):
 
 @parametrize("name, task", TASKS)
 def test_every_fusion_trains_and_predicts(name, task, folder, capsys):
-    first = "Acc-2" if data.SPECS[name].scale else "Acc"
+    first = dict(brca="Acc", rosmap="Acc", mmimdb="micro F1").get(name, "Acc-2")
     test = data.synthetic(name, 5, (12, 6, 6), task=task).splits["test"]
     for fusion in train.FUSIONS:
-        kind = {"average": train.OneMamba, "concat": train.OneMamba,
-                "attention": train.CrossAttention}.get(fusion, CoupledMamba)
         assert run(f"--dataset {name} --task {task} --fusion {fusion} {TINY} "
                    f"--epochs 1 --length 5 --seed 3 --out {fusion}") == 0
         result = results(fusion)
         assert result["synthetic"] is True
         assert result["config"]["fusion"] == fusion
-        assert list(result["mean"])[0] == ("micro F1" if name == "mmimdb" else first)
+        assert list(result["mean"])[0] == first
         saved = torch.load(f"{fusion}/seed3.pt", weights_only=True)
         assert saved["synthetic"] and saved["config"] == result["config"]
+        kind = type(train.make_model(saved["config"], WIDTHS, 1))
         model = kind(**saved["model"]).eval()
         model.load_state_dict(saved["weights"])
         out = model([torch.tensor(x) for x in test.xs])
@@ -1589,6 +1586,7 @@ def test_a_wrong_command_is_one_sentence(words, folder, capsys, monkeypatch):
     if kernel:
         monkeypatch.setattr(kernel.knobs.runtime, "interpret", False)
     message = refused(f"--dataset sims {TINY} {words}", capsys)
+    assert any(word in message for word in words.split()[-2:])
     assert message.count("error: ") == 1
     assert not list(folder.rglob("results.json"))
     assert "required: --dataset" in refused("", capsys)
@@ -1600,7 +1598,7 @@ def test_a_wrong_command_is_one_sentence(words, folder, capsys, monkeypatch):
     (torch.OutOfMemoryError("CUDA out of memory"), train, "train_epoch"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), train, "predict"),
     (NameError("a bug"), data, "_resample"), (RuntimeError("a bug"), train, "predict")])
-def test_out_of_memory_is_one_line(error, place, name, folder, capsys, monkeypatch):
+def test_out_of_memory_gets_one_line(error, place, name, folder, capsys, monkeypatch):
     monkeypatch.setattr(place, name, Mock(side_effect=error))
     if str(error) == "a bug":
         with pytest.raises(type(error)):
@@ -1638,7 +1636,6 @@ def test_the_benchmark_does_what_it_says(fusion, labels, capsys, monkeypatch):
     def note_length(model, xs, *arguments):
         pieces.append(xs[0].shape[1])
         return advance(model, xs, *arguments)
-
     def watched(function, config, spec, length, case):
         if length == 300:
             raise MemoryError
@@ -1649,11 +1646,11 @@ def test_the_benchmark_does_what_it_says(fusion, labels, capsys, monkeypatch):
             work()
         assert pieces == ([64, 64, 64, 8] if "pieces" in case.label else [200])
         training = "training" in case.label
-        assert model.training == model.modality_logits.any() == training
+        assert model.training == training
+        assert model.modality_logits.any() == training  # moved by the optimizer
         scores = 4 * 4 * 200 * 400  # samples, heads, steps, keys
         assert (seen.size >= scores) == ("explicit" in case.label)
         return function(config, spec, length, case)
-
     monkeypatch.setattr(CoupledMamba, "advance", note_length)
     monkeypatch.setattr(train, "memory", lambda _, restart=False: 9e6 - 7e6 * restart)
     monkeypatch.setattr(train, "in_own_process", watched)
@@ -1664,8 +1661,11 @@ def test_the_benchmark_does_what_it_says(fusion, labels, capsys, monkeypatch):
                     (("200", "7.0"), ("300", "-")) for label in labels]
 
 
-def test_a_case_has_a_process_of_its_own():
+def test_the_benchmark_runs_as_a_program():
     assert train.in_own_process(os.getpid) != os.getpid()
+    words = f"{HERE / 'train.py'} --dataset sims --benchmark --fusion average {TINY}"
+    said = run_python(*words.split(), "--lengths", "4")
+    assert len(re.findall(r"(?m)^ +4  .* [\d.]+ +[\d.]+$", said)) == 2
 
 
 # ------------------------------------------------------------ README
