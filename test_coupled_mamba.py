@@ -1577,7 +1577,7 @@ def test_every_fusion_trains_and_predicts(name, task, folder, capsys):
 @parametrize("words", [
     "--data nowhere", "--dataset own --data nowhere", "--epochs 0", "--epochs x",
     "--lr -1", "--lr nan", "--fusion x", "--dropout 1", "--out a.pkl",
-    "--device cuda", "--mode kernel", "--benchmark --mode kernel", "--workers 2",
+    "--device cuda", "--mode kernel", "--benchmark --mode kernel", "--epoch 2",
     "--fusion mamba --coupling learned", "--fusion attention --no-mix",
     "--optimizer sgd", "--dataset brca --task regression", "--dataset own",
     "--dataset own --data a.pkl --benchmark"])
