@@ -1040,7 +1040,7 @@ WRONG = {
     (mmsa, "test/audio_lengths"): [[99, 99, 99, -1, 99, 99], [99.5] * 6, [np.nan] * 6],
     (mmsa, "test/vision"): [np.ones((6, 25, 3))],  # not zero outside the frames
     (mogonet, "1_tr"): [None, [], ["1,2", "1"], np.full((55, 7), np.nan),
-                        lambda x: np.c_[:55, x[:, 1:]]], # an index
+                        lambda x: np.c_[:55, x[:, 1:]]],  # an index
     (mogonet, "labels_te"): [np.arange(7) % 3, np.arange(7) / 7, -np.ones(7)],
     (mmimdb, "features vgg_features genres"): [],
     (mmimdb, "genres"): [None, np.ones((25959, 3)), np.full((25959, 23), 2)],
