@@ -51,7 +51,6 @@ parametrize = pytest.mark.parametrize
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=10_000, deadline=None)
 settings.load_profile(os.environ.get("PROFILE", "ci"))
-EXAMPLES = settings.default.max_examples
 pytestmark = pytest.mark.filterwarnings("error")
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # the tensors are small
@@ -195,7 +194,8 @@ def test_the_modes_agree(mode, p, cuts, read, frozen):
 # The interpreter is slow, and shrinking would take minutes. The first two examples have
 # several samples, blocks of e and segments at once; the second has tiles of BE n = 128.
 @triton_only
-@settings(max_examples=max(1, EXAMPLES // 5), phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=settings.default.max_examples // 5,
+          phases=[Phase.explicit, Phase.generate])
 @given(problems_up_to(3, 2, 9, 6, st.sampled_from([1, 2, 4, 8])), CUTS, READ, FROZEN)
 @example(problem(2, 2, 5, 6, 4), dict(chunk=2, tile=32, fewest=1), "all", set())
 @example(problem(2, 2, 5, 6, 64), dict(chunk=2, tile=512, fewest=1), "H", {"x"})
@@ -481,7 +481,6 @@ def test_a_narrow_model_has_float32_states(dtype):
     wide = [v.dtype for v in (A, w, H, state["mean"])]
     assert wide == 4 * [torch.float32]
     assert out.dtype == dtype
-
     model, xs = model.float(), [x.float().repeat(1, 20, 1) for x in xs]
     exact, exact_state = model.advance(xs, model.init_state(3), mask)
     assert_close(out, exact, 0.02)
@@ -933,7 +932,6 @@ def test_a_file_is_read_as_its_definition_says(
             np.testing.assert_allclose(x, expected, rtol=0, atol=1e-4)
             assert (mask == ~np.isnan(means).any(2)).all()
         np.testing.assert_array_equal(split.y, meaning[s][1][task], strict=True)
-
     if make is own:
         classes = 4 if task == "classification" else 0
         assert dataset.spec[2:6] == (data.MODALITIES, (8, 5, 3), (12, 6, 6), classes)
@@ -1273,6 +1271,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "STAND_IN_SAMPLES", (12, 6, 6))
     monkeypatch.setattr(train, "in_own_process", lambda function, *v: function(*v))
+    monkeypatch.setattr(train, "memory", lambda *_, **__: 0)
     write(tmp_path / "a.pkl", samples=(13, 6, 6))
     return tmp_path
 
@@ -1337,7 +1336,6 @@ def by_hand(config, dataset, seed):
     model = CoupledMamba(WIDTHS, d_output, **sizes)
     optimizer = optimizer_by_hand(model, config)
     outputs = functools.partial(outputs_and_labels, model, config)
-
     size = config["batch_size"] * world
     for epoch in itertools.count(1):
         for group in optimizer.param_groups:
@@ -1636,6 +1634,7 @@ def test_the_benchmark_does_what_it_says(fusion, labels, capsys, monkeypatch):
     def note_length(model, xs, *arguments):
         pieces.append(xs[0].shape[1])
         return advance(model, xs, *arguments)
+
     def watched(function, config, spec, length, case):
         if length == 300:
             raise MemoryError
@@ -1661,10 +1660,11 @@ def test_the_benchmark_does_what_it_says(fusion, labels, capsys, monkeypatch):
                     (("200", "7.0"), ("300", "-")) for label in labels]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_the_benchmark_runs_as_a_program():
     assert train.in_own_process(os.getpid) != os.getpid()
-    words = f"{HERE / 'train.py'} --dataset sims --benchmark --fusion average {TINY}"
-    said = run_python(*words.split(), "--lengths", "4")
+    words = f"--dataset sims --benchmark --fusion average --lengths 4 {TINY}"
+    said = run_python(str(HERE / "train.py"), *words.split())
     assert len(re.findall(r"(?m)^ +4  .* [\d.]+ +[\d.]+$", said)) == 2
 
 
